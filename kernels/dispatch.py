@@ -1,0 +1,68 @@
+"""Which implementation computes a call. The choice is explicit: what cannot run raises and says why."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+STATS = ("log_sum_sq_probs", "max_logprob", "entropy", "mean_logit", "is_top1", "logsumexp")
+BACKENDS = ("auto", "torch", "triton", "reference")
+
+
+class Options(NamedTuple):
+    """What steers a computation without being an operand."""
+
+    grad_tolerance: tuple[float, float] = (0.0, 0.0)  # of dhidden, of dweight; 0 is exact
+    ignore_index: int = -100
+    seed: int = 0
+
+
+# columns_kept, max_dropped_mass, estimated_error, dense_chunks, chunks: prefopt_fast.token_stats.GradReport
+Report = tuple[float, float, float, int, int]
+
+
+def linear_logprob(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    targets: Tensor,  # (N,)
+    transform: tuple[float, float | None],
+    stats: tuple[str, ...],
+    options: Options,
+    backend: str = "auto",
+) -> tuple[dict[str, Tensor], Report | None]:
+    """Validated operands in; "logprobs" and the asked statistics, each (N,), out.
+
+    ``transform`` is (scale, softcap): logits z = softcap · tanh(scale · x / softcap), or scale · x without a cap, for
+    x = hidden @ weightᵀ + bias.
+    """
+    match resolve_backend(backend, hidden.device):
+        case "torch":
+            from .torch_backend import linear_logprob as implementation
+        case "triton":
+            from .linear_logprob import linear_logprob as implementation
+        case "reference":
+            from ..reference.token_stats import linear_logprob as implementation
+    return implementation(hidden, weight, bias, targets, transform, stats, options)
+
+
+def resolve_backend(backend: str, device: torch.device) -> str:
+    """Name of the backend that runs on ``device``; raises ValueError or RuntimeError where ``backend`` cannot."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; found {backend!r}")
+    if backend == "auto":
+        return "triton" if device.type in ("cuda", "xpu") and find_spec("triton") else "torch"
+    if backend == "triton":
+        if not find_spec("triton"):
+            raise RuntimeError('backend="triton" needs the triton package, which is not installed')
+        import triton
+
+        if device.type not in ("cuda", "xpu") and not triton.knobs.runtime.interpret:
+            raise RuntimeError(
+                f'backend="triton" runs on CUDA, ROCm and XPU devices, found tensors on {device}; '
+                "set TRITON_INTERPRET=1 before the start to run the kernels in Triton's interpreter"
+            )
+    return backend

@@ -1,0 +1,111 @@
+"""The language-model head: everything between the last hidden state and the logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LMHead:
+    """logits = cap(logit_scale · (hidden @ weightᵀ + bias)) / temperature, with cap(x) = softcap · tanh(x / softcap).
+
+    Args:
+        weight: (V, H), any floating dtype; gradients flow where it requires them.
+        bias: (V,) or None.
+        softcap: positive, or None for no cap (Gemma 2: 30).
+        logit_scale: factor on the product (Cohere's ``logit_scale``, the inverse of Granite's ``logits_scaling``).
+        temperature: positive divisor of the final logits.
+
+    Raises:
+        ValueError: shapes that do not fit, or a soft-cap, scale or temperature that is not positive.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.weight.dim() != 2 or not self.weight.is_floating_point():
+            raise ValueError(
+                f"weight must be a floating-point (V, H) matrix, found {tuple(self.weight.shape)} {self.weight.dtype}"
+            )
+        if self.bias is not None and self.bias.shape != self.weight.shape[:1]:
+            raise ValueError(
+                f"bias must have one entry for each of the {self.weight.shape[0]} rows of weight "
+                f"{tuple(self.weight.shape)}, found shape {tuple(self.bias.shape)}"
+            )
+        if self.softcap is not None and not self.softcap > 0:
+            raise ValueError(f"softcap must be positive or None, found {self.softcap}")
+        if not self.logit_scale > 0:
+            raise ValueError(f"logit_scale must be positive, found {self.logit_scale}")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be positive, found {self.temperature}")
+
+    @property
+    def vocab_size(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def transform(self) -> tuple[float, float | None]:
+        """(scale, cap) with logits = cap · tanh(scale · x / cap), or scale · x: the temperature folded into both."""
+        softcap = None if self.softcap is None else self.softcap / self.temperature
+        return self.logit_scale / self.temperature, softcap
+
+    def with_temperature(self, temperature: float) -> LMHead:
+        return replace(self, temperature=temperature)
+
+    @classmethod
+    def from_model(cls, model: Any) -> LMHead:
+        """Read weight, bias, soft-cap and scale from a transformers causal LM, through PEFT and wrapper modules.
+
+        The weight is the model's own parameter, so tied embeddings stay tied. A LoRA adapter on the head itself
+        contributes its (differentiable) delta, which costs one (V, H) tensor per call.
+
+        Raises:
+            ValueError: the model has no output embedding, or one that is quantized or not a linear map.
+        """
+        while hasattr(model, "module") and not hasattr(model, "get_output_embeddings"):
+            model = model.module  # DistributedDataParallel and its like
+        layer = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        if layer is None:
+            raise ValueError(f"{type(model).__name__} has no output embedding: a causal language model is needed")
+        weight, bias = _effective_weight(layer)
+        config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+        logit_scale = getattr(config, "logit_scale", None)  # Cohere multiplies …
+        logits_scaling = getattr(config, "logits_scaling", None)  # … Granite divides
+        return cls(
+            weight,
+            bias,
+            softcap=getattr(config, "final_logit_softcapping", None),
+            logit_scale=(1.0 if logit_scale is None else float(logit_scale)) / float(logits_scaling or 1.0),
+        )
+
+
+def _effective_weight(layer: Any) -> tuple[Tensor, Tensor | None]:
+    if hasattr(layer, "modules_to_save"):  # peft: a trained copy stands in for the original
+        name = layer.active_adapter if isinstance(layer.active_adapter, str) else layer.active_adapters[0]
+        layer = layer.modules_to_save[name]
+    if hasattr(layer, "base_layer"):  # peft: LoRA on the head
+        weight, bias = _effective_weight(layer.base_layer)
+        if not layer.disable_adapters and not layer.merged:
+            for name in layer.active_adapters:
+                if name in layer.lora_A:
+                    weight = weight + layer.get_delta_weight(name).to(weight.dtype)
+        return weight, bias
+    weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
+        found = f"{weight.dtype} {tuple(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__
+        raise ValueError(
+            f"the output embedding ({type(layer).__name__}) must hold a floating-point (V, H) weight, found {found}; "
+            "keep the head out of quantization"
+        )
+    return weight, bias

@@ -1,0 +1,302 @@
+"""The DPO family as small functions in a table, WPO's weighting over any of them, WSPO, and KTO.
+
+Every loss is unreduced, (B,). Notation: w the chosen and l the rejected sequence's log-ratio log π_θ − log π_ref (the
+log-prob itself for reference-free losses), as a sum over tokens (``.sum``) or a mean (``.mean``).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .sequence_stats import SequenceLogprobs, require_tokens, segment_sum
+
+
+class LogRatio:
+    """A sequence's log-ratio against the reference: ``sum`` over tokens and, where lengths are known, ``mean``."""
+
+    def __init__(self, policy: SequenceLogprobs | Tensor, ref: SequenceLogprobs | Tensor | None):
+        total = policy if isinstance(policy, Tensor) else policy.sum
+        if ref is not None:
+            total = total - (ref if isinstance(ref, Tensor) else ref.sum)
+        self.sum = total
+        self.length = None if isinstance(policy, Tensor) else policy.length
+
+    @property
+    def mean(self) -> Tensor:
+        if self.length is None:
+            raise ValueError(
+                "this loss_type is defined on length-normalised log-probs: pass chosen and rejected as returned by "
+                "sequence_logprobs, found plain tensors of sums"
+            )
+        return self.sum / self.length
+
+
+def sigmoid(w: LogRatio, l: LogRatio, beta: float, label_smoothing: float = 0.0) -> Tensor:  # noqa: E741
+    """DPO, arXiv 2305.18290 eq. 7; with label smoothing cDPO (Mitchell 2023)."""
+    margin = beta * (w.sum - l.sum)
+    return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
+
+
+def hinge(w: LogRatio, l: LogRatio, beta: float) -> Tensor:  # noqa: E741
+    """SLiC-HF, arXiv 2305.10425, on DPO's implicit rewards as in RSO, arXiv 2309.06657."""
+    return torch.relu(1 - beta * (w.sum - l.sum))
+
+
+def ipo(w: LogRatio, l: LogRatio, beta: float) -> Tensor:  # noqa: E741
+    """IPO, arXiv 2310.12036 eq. 17 with τ = β, on length-normalised log-ratios as its authors confirmed to TRL."""
+    return (w.mean - l.mean - 1 / (2 * beta)) ** 2
+
+
+def robust(w: LogRatio, l: LogRatio, beta: float, label_smoothing: float = 0.1) -> Tensor:  # noqa: E741
+    """Robust DPO, arXiv 2403.00409: unbiased under preference flips of probability ``label_smoothing`` < 1/2."""
+    _require_in("label_smoothing", label_smoothing, 0.0, 0.5, low_open=False)
+    margin = beta * (w.sum - l.sum)
+    clean, flipped = -F.logsigmoid(margin), -F.logsigmoid(-margin)
+    return ((1 - label_smoothing) * clean - label_smoothing * flipped) / (1 - 2 * label_smoothing)
+
+
+def exo_pair(w: LogRatio, l: LogRatio, beta: float, label_smoothing: float = 1e-3) -> Tensor:  # noqa: E741
+    """EXO, arXiv 2402.00856 eq. 16 for two responses: KL(softmax of rewards ‖ (1 − ε, ε))."""
+    _require_in("label_smoothing", label_smoothing, 0.0, 1.0)
+    margin = beta * (w.sum - l.sum)
+    log_w, log_l = F.logsigmoid(margin), F.logsigmoid(-margin)
+    epsilon = margin.new_tensor(label_smoothing)
+    return log_w.exp() * (log_w - torch.log1p(-epsilon)) + log_l.exp() * (log_l - epsilon.log())
+
+
+def nca_pair(w: LogRatio, l: LogRatio, beta: float) -> Tensor:  # noqa: E741
+    """NCA, arXiv 2402.05369, for two responses of reward 1 and 0."""
+    reward_w, reward_l = beta * w.sum, beta * l.sum
+    return -F.logsigmoid(reward_w) - 0.5 * F.logsigmoid(-reward_w) - 0.5 * F.logsigmoid(-reward_l)
+
+
+def bco_pair(w: LogRatio, l: LogRatio, beta: float) -> Tensor:  # noqa: E741
+    """BCO, arXiv 2404.04656, on pairs and without the running reward shift."""
+    return -F.logsigmoid(beta * w.sum) - F.logsigmoid(-beta * l.sum)
+
+
+def sppo_hard(w: LogRatio, l: LogRatio, beta: float) -> Tensor:  # noqa: E741
+    """SPPO, arXiv 2405.00675 eq. 4.7 with win probabilities 1 and 0; 1/β is its η."""
+    return (w.sum - 0.5 / beta) ** 2 + (l.sum + 0.5 / beta) ** 2
+
+
+def apo_zero(w: LogRatio, l: LogRatio, beta: float) -> Tensor:  # noqa: E741
+    """APO-zero, arXiv 2408.06266 eq. 7: chosen responses better than the model's own."""
+    return torch.sigmoid(-beta * w.sum) + torch.sigmoid(beta * l.sum)
+
+
+def apo_down(w: LogRatio, l: LogRatio, beta: float) -> Tensor:  # noqa: E741
+    """APO-down, arXiv 2408.06266 eq. 8: chosen responses worse than the model's own."""
+    return torch.sigmoid(beta * w.sum) + torch.sigmoid(-beta * (w.sum - l.sum))
+
+
+def discopop(w: LogRatio, l: LogRatio, beta: float, tau: float = 0.05) -> Tensor:  # noqa: E741
+    """DiscoPOP's log-ratio modulated loss, arXiv 2406.08414 eq. 5."""
+    margin = beta * (w.sum - l.sum)
+    blend = torch.sigmoid(margin / tau)
+    return (1 - blend) * -F.logsigmoid(margin) + blend * torch.exp(-margin)
+
+
+def sigmoid_norm(w: LogRatio, l: LogRatio, beta: float) -> Tensor:  # noqa: E741
+    """Length-normalised DPO (Tülu 3, arXiv 2411.15124 eq. 6)."""
+    return -F.logsigmoid(beta * (w.mean - l.mean))
+
+
+def simpo(w: LogRatio, l: LogRatio, beta: float, gamma: float = 0.5) -> Tensor:  # noqa: E741
+    """SimPO, arXiv 2405.14734 eq. 6: reference-free, target margin ``gamma``."""
+    return -F.logsigmoid(beta * (w.mean - l.mean) - gamma)
+
+
+def orpo(w: LogRatio, l: LogRatio, beta: float) -> Tensor:  # noqa: E741
+    """ORPO, arXiv 2403.07691 eq. 6: NLL of the chosen response plus β (its λ) times the log odds ratio loss."""
+    log_odds = (w.mean - l.mean) - (_log1mexp(w.mean) - _log1mexp(l.mean))
+    return -w.mean - beta * F.logsigmoid(log_odds)
+
+
+def cpo(w: LogRatio, l: LogRatio, beta: float, nll_weight: float = 1.0) -> Tensor:  # noqa: E741
+    """CPO, arXiv 2401.08417 eq. 5: reference-free DPO plus the chosen response's NLL (per token, as in its code)."""
+    nll = -w.mean if nll_weight else 0.0
+    return -F.logsigmoid(beta * (w.sum - l.sum)) + nll_weight * nll
+
+
+class PairwiseLoss(NamedTuple):
+    function: Callable[..., Tensor]
+    reference_free: bool = False
+
+
+PAIRWISE_LOSSES = {
+    loss.function.__name__: loss
+    for loss in (
+        *map(PairwiseLoss, (sigmoid, hinge, ipo, robust, exo_pair, nca_pair, bco_pair, sppo_hard, apo_zero, apo_down)),
+        *map(PairwiseLoss, (discopop, sigmoid_norm)),
+        *(PairwiseLoss(function, reference_free=True) for function in (simpo, orpo, cpo)),
+    )
+}
+
+
+def preference_loss(
+    chosen: SequenceLogprobs | Tensor,  # (B,)
+    rejected: SequenceLogprobs | Tensor,  # (B,)
+    ref_chosen: SequenceLogprobs | Tensor | None = None,  # (B,)
+    ref_rejected: SequenceLogprobs | Tensor | None = None,  # (B,)
+    loss_type: str = "sigmoid",
+    beta: float = 0.1,
+    **hyperparameters: float,
+) -> Tensor:
+    """Unreduced pairwise loss (B,), differentiable in ``chosen`` and ``rejected``.
+
+    Args:
+        chosen, rejected: the policy's, from :func:`sequence_logprobs`; plain (B,) sums do for losses that are not
+            length-normalised.
+        ref_chosen, ref_rejected: the reference's, of the same responses; None for reference-free losses alone.
+        loss_type: a key of ``PAIRWISE_LOSSES``; each function names its paper.
+        beta: positive strength of the implicit KL constraint.
+        hyperparameters: the loss function's own (``label_smoothing``, ``tau``, ``gamma``, ``nll_weight``).
+
+    Raises:
+        ValueError: unknown loss or hyperparameter, missing or superfluous references, shapes that do not fit.
+    """
+    loss = pairwise_loss(loss_type)
+    allowed = [name for name in inspect.signature(loss.function).parameters if name not in ("w", "l", "beta")]
+    if unknown := sorted(set(hyperparameters) - set(allowed)):
+        raise ValueError(f"{loss_type} takes {', '.join(allowed) or 'no hyperparameter beside beta'}; found {unknown}")
+    if not beta > 0:
+        raise ValueError(f"beta must be positive, found {beta}")
+    if loss.reference_free and not (ref_chosen is None and ref_rejected is None):
+        raise ValueError(f"{loss_type} is reference-free: ref_chosen and ref_rejected must be None")
+    if not loss.reference_free and (ref_chosen is None or ref_rejected is None):
+        raise ValueError(f"{loss_type} needs ref_chosen and ref_rejected")
+    _require_one_shape(chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected)
+    return loss.function(LogRatio(chosen, ref_chosen), LogRatio(rejected, ref_rejected), beta, **hyperparameters)
+
+
+def wpo_loss(
+    chosen: SequenceLogprobs | Tensor,  # (B,)
+    rejected: SequenceLogprobs | Tensor,  # (B,)
+    ref_chosen: SequenceLogprobs | Tensor | None,  # (B,)
+    ref_rejected: SequenceLogprobs | Tensor | None,  # (B,)
+    chosen_weight: Tensor,  # (B,)
+    rejected_weight: Tensor,  # (B,)
+    loss_type: str = "sigmoid",
+    beta: float = 0.1,
+    clamp: bool = True,
+    **hyperparameters: float,
+) -> Tensor:
+    """WPO (arXiv 2406.11827 eq. 4): a pairwise loss times the pair's detached weight, (B,).
+
+    ``chosen_weight`` and ``rejected_weight`` come from :func:`wpo_weights`; see :func:`wpo_pair_weight` for ``clamp``
+    and :func:`preference_loss` for the rest, and for what is raised.
+    """
+    loss = preference_loss(chosen, rejected, ref_chosen, ref_rejected, loss_type, beta, **hyperparameters)
+    _require_one_shape(chosen=chosen, chosen_weight=chosen_weight, rejected_weight=rejected_weight)
+    return wpo_pair_weight(chosen_weight, rejected_weight, clamp) * loss
+
+
+def wpo_pair_weight(chosen_weight: Tensor, rejected_weight: Tensor, clamp: bool = True) -> Tensor:
+    """w(x, y_w) · w(x, y_l), detached, and at most 1 where ``clamp`` (the authors' code clamps, TRL does not)."""
+    weight = (chosen_weight * rejected_weight).detach()
+    return weight.clamp(max=1.0) if clamp else weight
+
+
+def wspo_loss(
+    policy: Tensor,  # (B, T)
+    ref: Tensor,  # (B, T)
+    weak_aligned: Tensor,  # (B, T)
+    weak_ref: Tensor,  # (B, T)
+    mask: Tensor,  # (B, T)
+    gamma: float = 0.1,
+    level: str = "token",
+) -> Tensor:
+    """WSPO (arXiv 2410.18640): regress γ · (log π_θ − log π_ref) onto log π_weak-aligned − log π_weak-ref, (B,).
+
+    Args:
+        policy, ref, weak_aligned, weak_ref: log-probs of the chosen responses' tokens; differentiable in ``policy``.
+        mask: bool, True at scored tokens.
+        gamma: positive transfer strength.
+        level: "token" for 1/|y| Σ_t (γ s_t − r_t)² (the authors' code), "sequence" for (1/|y| Σ_t (γ s_t − r_t))²
+            (the paper's formula).
+
+    Raises:
+        ValueError: an unknown level, shapes that do not fit, or (on the CPU) a sequence without a scored token.
+    """
+    if level not in ("token", "sequence"):
+        raise ValueError(f'level must be "token" or "sequence"; found {level!r}')
+    if not gamma > 0:
+        raise ValueError(f"gamma must be positive, found {gamma}")
+    _require_one_shape(policy=policy, ref=ref, weak_aligned=weak_aligned, weak_ref=weak_ref, mask=mask)
+    length = segment_sum(mask.bool(), None)
+    require_tokens(length)
+    residual = gamma * (policy - ref.detach()) - (weak_aligned - weak_ref).detach()
+    # where, not a product: what padding holds may be infinite.
+    residual = torch.where(mask.bool(), residual, 0.0)
+    if level == "token":
+        return residual.square().sum(-1) / length
+    return (residual.sum(-1) / length).square()
+
+
+def kto_loss(
+    logprobs: Tensor,  # (B,)
+    ref_logprobs: Tensor,  # (B,)
+    desirable: Tensor,  # (B,)
+    kl: Tensor | float,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:
+    """KTO (arXiv 2402.01306 eq. 8) of single sequences, (B,): λ_D (1 − σ(r − z₀)) or λ_U (1 − σ(z₀ − r)).
+
+    Args:
+        logprobs, ref_logprobs: summed log-probs of each response; differentiable in ``logprobs``.
+        desirable: bool, whether each response is wanted.
+        kl: the batch's estimate of KL(π_θ ‖ π_ref) in nats, from mismatched prompts and responses; z₀ = β·max(kl, 0),
+            detached.
+        beta, desirable_weight, undesirable_weight: the paper's β, λ_D and λ_U.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    if not beta > 0:
+        raise ValueError(f"beta must be positive, found {beta}")
+    _require_one_shape(logprobs=logprobs, ref_logprobs=ref_logprobs, desirable=desirable)
+    reward = beta * (logprobs - ref_logprobs.detach())
+    baseline = beta * torch.as_tensor(kl, dtype=reward.dtype, device=reward.device).detach().clamp(min=0)
+    wanted = desirable_weight * torch.sigmoid(baseline - reward)
+    unwanted = undesirable_weight * torch.sigmoid(reward - baseline)
+    return torch.where(desirable.bool(), wanted, unwanted)
+
+
+def pairwise_loss(loss_type: str) -> PairwiseLoss:
+    """The table's entry; raises ValueError with what exists."""
+    if loss_type not in PAIRWISE_LOSSES:
+        raise ValueError(f"loss_type must be one of {', '.join(PAIRWISE_LOSSES)}; found {loss_type!r}")
+    return PAIRWISE_LOSSES[loss_type]
+
+
+def _log1mexp(x: Tensor) -> Tensor:
+    """log(1 − e^x) for x < 0, by whichever of log1p and expm1 keeps its digits (Mächler 2012)."""
+    # Both branches are made safe where they are not chosen: where() would let their NaN gradients through.
+    near = x > -0.6931471805599453
+    by_expm1 = torch.log(-torch.expm1(torch.where(near, x, -1.0)))
+    by_log1p = torch.log1p(-torch.exp(torch.where(near, -1.0, x)))
+    return torch.where(near, by_expm1, by_log1p)
+
+
+def _require_in(name: str, value: float, low: float, high: float, low_open: bool = True) -> None:
+    if not (low < value < high or (not low_open and value == low)):
+        raise ValueError(f"{name} must be in {'(' if low_open else '['}{low}, {high}), found {value}")
+
+
+def _require_one_shape(**arguments: SequenceLogprobs | Tensor | None) -> None:
+    shapes = {
+        name: tuple(value.shape if isinstance(value, Tensor) else value.sum.shape)
+        for name, value in arguments.items()
+        if value is not None
+    }
+    if len(set(shapes.values())) > 1:
+        raise ValueError("shapes must be equal, found " + ", ".join(f"{name} {shape}" for name, shape in shapes.items()))

@@ -1,0 +1,174 @@
+"""Per-token statistics under a language-model head, from hidden states: the public function and what it returns."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .head import LMHead
+from .kernels import dispatch
+
+STATS = dispatch.STATS
+
+_check_inputs: ContextVar[bool] = ContextVar("prefopt_fast_check_inputs", default=False)
+
+
+@dataclass(frozen=True)
+class GradReport:
+    """What a gradient with ``grad_tolerance > 0`` did (Python numbers, over one call's scored tokens).
+
+    columns_kept: share of the vocabulary's columns whose gradient was computed, mean over chunks.
+    max_dropped_mass: largest probability mass of one token outside the kept columns (it is compensated, not lost).
+    estimated_error: estimated relative error of the hidden states' gradient (Frobenius).
+    dense_chunks, chunks: chunks that were computed exactly because sparsity would not have paid, and all chunks.
+    """
+
+    columns_kept: float
+    max_dropped_mass: float
+    estimated_error: float
+    dense_chunks: int
+    chunks: int
+
+
+@dataclass(frozen=True)
+class TokenStats:
+    """Statistics of each target token; every tensor has the shape of ``targets`` and is 0 (False) where ignored.
+
+    logprobs: log π(y_t), fp32 (float64 for float64 hidden states), differentiable in hidden, weight and bias.
+    mask: bool, True where the target is not ignored.
+    log_sum_sq_probs: log Σ_v π(v)² (WPO's sampled alignment, arXiv 2406.11827).
+    max_logprob: max_v log π(v).
+    entropy: −Σ_v π(v) log π(v), in nats.
+    mean_logit: 1/V Σ_v z_v.
+    is_top1: bool, True where no logit exceeds the target's.
+    logsumexp: log Σ_v exp z_v.
+    The statistics are detached, and None unless asked for.
+    """
+
+    logprobs: Tensor
+    mask: Tensor
+    log_sum_sq_probs: Tensor | None = None
+    max_logprob: Tensor | None = None
+    entropy: Tensor | None = None
+    mean_logit: Tensor | None = None
+    is_top1: Tensor | None = None
+    logsumexp: Tensor | None = None
+    grad_report: GradReport | None = None
+
+
+@contextlib.contextmanager
+def check_inputs(enabled: bool = True) -> Iterator[None]:
+    """Within this context, token_logprobs also looks for NaN and Inf in hidden states, and for out-of-range targets on
+    accelerators, where the look costs a synchronization (on the CPU targets are always checked)."""
+    token = _check_inputs.set(enabled)
+    try:
+        yield
+    finally:
+        _check_inputs.reset(token)
+
+
+def token_logprobs(
+    hidden: Tensor,  # (…, H)
+    head: LMHead,
+    targets: Tensor,  # (…)
+    stats: tuple[str, ...] = (),
+    grad_tolerance: float | str | tuple[float, float] = "auto",
+    backend: str = "auto",
+    ignore_index: int = -100,
+    seed: int = 0,
+) -> TokenStats:
+    """Log-probability of each target token, without ever holding the (tokens × vocabulary) logits.
+
+    The target of position t is ``targets[t]`` itself: shift before the call.
+
+    Args:
+        hidden: (…, H) float32, float64, bfloat16 or float16, of the head's dtype (under autocast both are cast).
+        head: the LM head; its weight and bias get gradients where they require them.
+        targets: (…) integer token ids in [0, V), or ``ignore_index``.
+        stats: extra statistics, any of ``prefopt_fast.STATS``.
+        grad_tolerance: allowed relative error (Frobenius) of the gradients: 0.0 for exact ones; "auto" for the unit
+            roundoff of the hidden states' dtype (float32 and float64: exact); a number; or a pair
+            (of dhidden, of dweight).
+        backend: "auto", "torch", "triton" or "reference". What cannot run raises.
+        ignore_index: targets with this value are not computed.
+        seed: of the column sampling behind an inexact gradient; equal inputs and seed give equal bits.
+
+    Raises:
+        ValueError: shapes, dtypes, devices, targets or names that do not fit.
+        RuntimeError, NotImplementedError: a backend that cannot run here.
+    """
+    validate_inputs(hidden, head, targets, stats, ignore_index)
+    tolerances = resolve_grad_tolerance(grad_tolerance, hidden.dtype)
+    weight, bias = head.weight, head.bias
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    if hidden.dtype != weight.dtype:
+        raise ValueError(
+            f"hidden and head.weight must have one dtype, found {hidden.dtype} and {weight.dtype}: cast one of them, "
+            "or run under torch.autocast"
+        )
+    scale, softcap = head.transform
+    outputs, report = dispatch.linear_logprob(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        targets.reshape(-1),
+        transform=(scale, softcap),
+        stats=tuple(stats),
+        options=dispatch.Options(tolerances, ignore_index, seed),
+        backend=backend,
+    )
+    shaped = {name: value.reshape(targets.shape) for name, value in outputs.items()}
+    return TokenStats(mask=targets != ignore_index, grad_report=GradReport(*report) if report else None, **shaped)
+
+
+def resolve_grad_tolerance(
+    grad_tolerance: float | str | tuple[float, float], dtype: torch.dtype
+) -> tuple[float, float]:
+    """(of dhidden, of dweight) as numbers; see :func:`token_logprobs`."""
+    if grad_tolerance == "auto":
+        # Unit roundoff of a 16-bit format: approximation then costs no more than the rounding already there.
+        unit = torch.finfo(dtype).eps / 2 if dtype in (torch.bfloat16, torch.float16) else 0.0
+        return unit, unit
+    pair = grad_tolerance if isinstance(grad_tolerance, tuple) else (grad_tolerance, grad_tolerance)
+    if len(pair) != 2 or not all(isinstance(t, (int, float)) and 0.0 <= t < 1.0 for t in pair):
+        raise ValueError(f'grad_tolerance must be "auto", a number in [0, 1) or a pair of them, found {grad_tolerance!r}')
+    return float(pair[0]), float(pair[1])
+
+
+def validate_inputs(
+    hidden: Tensor, head: LMHead, targets: Tensor, stats: tuple[str, ...], ignore_index: int
+) -> None:
+    """Raise ValueError for anything :func:`token_logprobs` cannot compute, naming argument, finding and expectation."""
+    if isinstance(stats, str) or (unknown := [name for name in stats if name not in STATS]):
+        raise ValueError(f"stats must be a tuple of {', '.join(STATS)}; found {stats if isinstance(stats, str) else unknown!r}")
+    if not hidden.is_floating_point():
+        raise ValueError(f"hidden must be floating point, found {hidden.dtype}")
+    if hidden.shape[:-1] != targets.shape or hidden.shape[-1] != head.hidden_size:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)} must be targets' shape {tuple(targets.shape)} plus the hidden size "
+            f"{head.hidden_size} of head.weight {tuple(head.weight.shape)}"
+        )
+    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+        raise ValueError(f"targets must be integer token ids, found {targets.dtype}")
+    devices = {str(tensor.device) for tensor in (hidden, head.weight, targets)}
+    if len(devices) > 1:
+        raise ValueError(f"hidden, head.weight and targets must be on one device, found {', '.join(sorted(devices))}")
+    thorough = _check_inputs.get()
+    if (targets.device.type == "cpu" or thorough) and not torch.compiler.is_compiling():
+        bad = ((targets < 0) | (targets >= head.vocab_size)) & (targets != ignore_index)
+        if count := int(bad.sum()):
+            raise ValueError(
+                f"targets must be in [0, {head.vocab_size}) or ignore_index {ignore_index}: {count} are not, "
+                f"from {int(targets[bad].min())} to {int(targets[bad].max())}"
+            )
+    if thorough and not math.isfinite(float(hidden.detach().float().abs().max() if hidden.numel() else 0.0)):
+        positions = (~hidden.detach().isfinite()).any(-1)
+        raise ValueError(f"hidden has NaN or Inf at {int(positions.sum())} of {positions.numel()} positions")
