@@ -299,4 +299,6 @@ def _require_one_shape(**arguments: SequenceLogprobs | Tensor | None) -> None:
         if value is not None
     }
     if len(set(shapes.values())) > 1:
-        raise ValueError("shapes must be equal, found " + ", ".join(f"{name} {shape}" for name, shape in shapes.items()))
+        raise ValueError(
+            "shapes must be equal, found " + ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        )

@@ -100,4 +100,6 @@ def require_tokens(length: Tensor) -> None:
     """Raise ValueError, on the CPU, for sequences of length 0."""
     if length.device.type == "cpu" and not torch.compiler.is_compiling() and bool((length == 0).any()):
         empty = (length == 0).nonzero().flatten().tolist()
-        raise ValueError(f"every sequence needs at least one scored token; sequences {empty} of {len(length)} have none")
+        raise ValueError(
+            f"every sequence needs at least one scored token; sequences {empty} of {len(length)} have none"
+        )

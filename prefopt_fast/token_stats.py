@@ -139,16 +139,18 @@ def resolve_grad_tolerance(
         return unit, unit
     pair = grad_tolerance if isinstance(grad_tolerance, tuple) else (grad_tolerance, grad_tolerance)
     if len(pair) != 2 or not all(isinstance(t, (int, float)) and 0.0 <= t < 1.0 for t in pair):
-        raise ValueError(f'grad_tolerance must be "auto", a number in [0, 1) or a pair of them, found {grad_tolerance!r}')
+        raise ValueError(
+            f'grad_tolerance must be "auto", a number in [0, 1) or a pair of them, found {grad_tolerance!r}'
+        )
     return float(pair[0]), float(pair[1])
 
 
-def validate_inputs(
-    hidden: Tensor, head: LMHead, targets: Tensor, stats: tuple[str, ...], ignore_index: int
-) -> None:
+def validate_inputs(hidden: Tensor, head: LMHead, targets: Tensor, stats: tuple[str, ...], ignore_index: int) -> None:
     """Raise ValueError for anything :func:`token_logprobs` cannot compute, naming argument, finding and expectation."""
     if isinstance(stats, str) or (unknown := [name for name in stats if name not in STATS]):
-        raise ValueError(f"stats must be a tuple of {', '.join(STATS)}; found {stats if isinstance(stats, str) else unknown!r}")
+        raise ValueError(
+            f"stats must be a tuple of {', '.join(STATS)}; found {stats if isinstance(stats, str) else unknown!r}"
+        )
     if not hidden.is_floating_point():
         raise ValueError(f"hidden must be floating point, found {hidden.dtype}")
     if hidden.shape[:-1] != targets.shape or hidden.shape[-1] != head.hidden_size:

@@ -1,0 +1,38 @@
+# Everything a newcomer runs; each target makes the virtual environment it needs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint types bench gpu-report gpu-bench clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.train
+	$(BIN)/prefopt-fast demo
+
+test: lint types
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy follows files, not setup.py's package_dir, so it is shown the tree as it is installed.
+types: $(VENV)/.test
+	rm -rf build/types && mkdir -p build/types
+	cp -r prefopt_fast build/types/ && cp -r kernels reference build/types/prefopt_fast/
+	cd build/types && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml -p prefopt_fast
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.train: $(VENV)/bin/python pyproject.toml setup.py constraints.txt
+	$(PIP) -e '.[train]'
+	touch $@
+
+$(VENV)/.test: $(VENV)/.train
+	$(PIP) -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

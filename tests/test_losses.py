@@ -1,0 +1,205 @@
+"""Every loss by hand, against TRL's formula, and by gradcheck; WPO's and WSPO's gradients; errors."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import math
+import textwrap
+
+import pytest
+import torch
+
+import prefopt_fast as pf
+from prefopt_fast.losses import wpo_pair_weight
+
+
+def sequences(*sums: float, length: int = 2) -> pf.SequenceLogprobs:
+    total = torch.tensor(sums, dtype=torch.float64)
+    return pf.SequenceLogprobs(total, total / length, torch.full(total.shape, length))
+
+
+def sigma(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+# One pair: log π_θ = (−4, −9), log π_ref = (−5, −7), two tokens each; so log-ratios w = 1, l = −2 and β = 0.5.
+W, L, BETA = 1.0, -2.0, 0.5
+MARGIN = BETA * (W - L)
+BY_HAND = {
+    "sigmoid": -math.log(sigma(MARGIN)),
+    "hinge": 0.0,
+    "ipo": ((W - L) / 2 - 1 / (2 * BETA)) ** 2,
+    "robust": (-0.9 * math.log(sigma(MARGIN)) + 0.1 * math.log(sigma(-MARGIN))) / 0.8,
+    "exo_pair": sigma(MARGIN) * (math.log(sigma(MARGIN)) - math.log(1 - 1e-3))
+    + sigma(-MARGIN) * (math.log(sigma(-MARGIN)) - math.log(1e-3)),
+    "nca_pair": -math.log(sigma(BETA * W)) - 0.5 * math.log(sigma(-BETA * W)) - 0.5 * math.log(sigma(-BETA * L)),
+    "bco_pair": -math.log(sigma(BETA * W)) - math.log(sigma(-BETA * L)),
+    "sppo_hard": (W - 0.5 / BETA) ** 2 + (L + 0.5 / BETA) ** 2,
+    "apo_zero": 1 - sigma(BETA * W) + sigma(BETA * L),
+    "apo_down": sigma(BETA * W) + 1 - sigma(MARGIN),
+    "discopop": -math.log(sigma(MARGIN)) * (1 - sigma(MARGIN / 0.05)) + math.exp(-MARGIN) * sigma(MARGIN / 0.05),
+    "sigmoid_norm": -math.log(sigma(MARGIN / 2)),
+    "simpo": -math.log(sigma(BETA * (-2.0 + 4.5) - 0.5)),
+    # odds(−2) = e^-2 / (1 − e^-2), odds(−4.5) likewise
+    "orpo": 2.0
+    - BETA * math.log(sigma(math.log(math.exp(-2) / (1 - math.exp(-2)) / (math.exp(-4.5) / (1 - math.exp(-4.5)))))),
+    "cpo": -math.log(sigma(BETA * 5.0)) + 2.0,
+}
+
+
+def references(loss_type: str, *refs: pf.SequenceLogprobs) -> tuple:
+    return (None, None) if pf.PAIRWISE_LOSSES[loss_type].reference_free else refs
+
+
+@pytest.mark.parametrize("loss_type", pf.PAIRWISE_LOSSES)
+def test_by_hand(loss_type):
+    refs = references(loss_type, sequences(-5.0), sequences(-7.0))
+    loss = pf.preference_loss(sequences(-4.0), sequences(-9.0), *refs, loss_type=loss_type, beta=BETA)
+    assert loss.shape == (1,) and float(loss) == pytest.approx(BY_HAND[loss_type], rel=1e-12)
+
+
+@pytest.mark.parametrize("loss_type", pf.PAIRWISE_LOSSES)
+def test_gradcheck(loss_type):
+    refs = references(loss_type, *(sequences(*(-3 - 4 * torch.rand(4)).tolist(), length=3) for _ in range(2)))
+
+    def loss(chosen, rejected):
+        length = torch.full((4,), 3)
+        pair = (pf.SequenceLogprobs(x, x / length, length) for x in (chosen, rejected))
+        return pf.preference_loss(*pair, *refs, loss_type=loss_type, beta=0.3)
+
+    inputs = [(-1 - 5 * torch.rand(4, dtype=torch.float64)).requires_grad_() for _ in range(2)]
+    assert torch.autograd.gradcheck(loss, inputs)
+
+
+@pytest.mark.parametrize("loss_type", pf.PAIRWISE_LOSSES)
+def test_extreme_margins_stay_finite(loss_type):
+    """A sequence of 2,000 tokens can be thousands of nats better or worse."""
+    chosen, rejected = (torch.tensor(x, requires_grad=True) for x in ([-1.0, -4000.0], [-4000.0, -1.0]))
+    length = torch.tensor([2000, 2000])
+    pair = [pf.SequenceLogprobs(x, x / length, length) for x in (chosen, rejected)]
+    refs = references(loss_type, sequences(-2000.0, -2000.0), sequences(-2000.0, -2000.0))
+    refs = [ref and pf.SequenceLogprobs(ref.sum.float(), ref.mean.float(), length) for ref in refs]
+    loss = pf.preference_loss(*pair, *refs, loss_type=loss_type, beta=0.01)
+    loss.sum().backward()
+    for value in (loss, chosen.grad, rejected.grad):
+        assert value.isfinite().all()
+
+
+def test_label_smoothing_is_the_mixture_of_both_orders():
+    pair, refs = [sequences(-4.0), sequences(-9.0)], [sequences(-5.0), sequences(-7.0)]
+    smoothed = pf.preference_loss(*pair, *refs, label_smoothing=0.2)
+    clean, flipped = pf.preference_loss(*pair, *refs), pf.preference_loss(*pair[::-1], *refs[::-1])
+    torch.testing.assert_close(smoothed, 0.8 * clean + 0.2 * flipped)
+
+
+def test_against_trl():
+    """TRL computes its losses inside one long method of the trainer; that if-ladder itself runs here, on our inputs."""
+    trl = pytest.importorskip("trl")
+    method = ast.parse(textwrap.dedent(inspect.getsource(trl.DPOTrainer._compute_loss)))
+    ladder = next(
+        node
+        for node in ast.walk(method)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "loss_type == 'sigmoid'"
+    )
+    ladder = compile(ast.Module([ladder], []), "trl", "exec")
+    policy, ref = ([-4.0, -30.0, -7.0], [-9.0, -20.0, -6.5]), ([-5.0, -33.0, -7.0], [-7.0, -21.0, -9.0])
+    chosen, rejected = (sequences(*values, length=5) for values in policy)
+    ref_chosen, ref_rejected = (sequences(*values, length=5) for values in ref)
+    for loss_type, loss in pf.PAIRWISE_LOSSES.items():
+        if loss.reference_free:
+            continue  # those live in trainers of their own
+        smoothing = {"robust": 0.1, "exo_pair": 1e-3}.get(loss_type, 0.0)
+        arguments = type("Arguments", (), {"discopop_tau": 0.05})
+        names = {
+            "torch": torch,
+            "F": torch.nn.functional,
+            "self": type("Trainer", (), {"beta": 0.3, "label_smoothing": smoothing, "args": arguments}),
+            "loss_type": loss_type,
+            "device": "cpu",
+            "chosen_logratios": chosen.sum - ref_chosen.sum,
+            "rejected_logratios": rejected.sum - ref_rejected.sum,
+            "chosen_scores": chosen.sum - ref_chosen.sum,
+            "rejected_scores": rejected.sum - ref_rejected.sum,
+            "completion_mask": torch.ones(6, 5),
+        }
+        names["delta_score"] = names["chosen_scores"] - names["rejected_scores"]
+        exec(ladder, names)
+        ours = pf.preference_loss(chosen, rejected, ref_chosen, ref_rejected, loss_type=loss_type, beta=0.3)
+        torch.testing.assert_close(ours, names["per_sequence_loss"], rtol=1e-6, atol=0, msg=loss_type)
+
+
+def test_wpo_weighs_any_pairwise_loss_and_detaches_the_weight():
+    weight_w, weight_l = torch.tensor([0.5, 2.0]).double(), torch.tensor([0.5, 3.0]).double().requires_grad_()
+    pair = [sequences(-4.0, -4.0), sequences(-9.0, -9.0)]
+    for loss_type in pf.PAIRWISE_LOSSES:
+        refs = references(loss_type, sequences(-5.0, -5.0), sequences(-7.0, -7.0))
+        plain = pf.preference_loss(*pair, *refs, loss_type=loss_type)
+        clamped = pf.wpo_loss(*pair, *refs, weight_w, weight_l, loss_type=loss_type)
+        unclamped = pf.wpo_loss(*pair, *refs, weight_w, weight_l, loss_type=loss_type, clamp=False)
+        torch.testing.assert_close(clamped, plain * torch.tensor([0.25, 1.0]))
+        torch.testing.assert_close(unclamped, plain * torch.tensor([0.25, 6.0]))
+        assert not clamped.requires_grad
+    assert wpo_pair_weight(weight_w, weight_l).tolist() == [0.25, 1.0]
+
+
+def test_wspo_by_hand():
+    policy = torch.tensor([[-1.0, -2.0, 7.0]], dtype=torch.float64)
+    ref = torch.tensor([[-1.5, -3.0, float("-inf")]], dtype=torch.float64)
+    weak_aligned = torch.tensor([[-2.0, -1.0, 5.0]], dtype=torch.float64)
+    weak_ref = torch.tensor([[-2.1, -1.2, 9.0]], dtype=torch.float64)
+    mask = torch.tensor([[True, True, False]])
+    # s = (0.5, 1), r = (0.1, 0.2); γ = 0.4: residuals 0.1 and 0.2
+    token = pf.wspo_loss(policy, ref, weak_aligned, weak_ref, mask, gamma=0.4)
+    sequence = pf.wspo_loss(policy, ref, weak_aligned, weak_ref, mask, gamma=0.4, level="sequence")
+    assert float(token) == pytest.approx((0.01 + 0.04) / 2) and float(sequence) == pytest.approx(0.15**2)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_wspo_gradcheck_and_independence(level):
+    others = [torch.randn(3, 4, dtype=torch.float64) for _ in range(3)]
+    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]], dtype=torch.bool)
+    policy = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: pf.wspo_loss(x, *others, mask, level=level), policy)
+    grad = torch.autograd.grad(pf.wspo_loss(policy, *others, mask, level=level)[0], policy)[0]
+    assert (grad[1:] == 0).all() and (grad[0] != 0).all()
+
+
+def test_kto_by_hand():
+    logprobs, ref = torch.tensor([-4.0, -9.0]), torch.tensor([-5.0, -7.0])
+    loss = pf.kto_loss(logprobs, ref, torch.tensor([True, False]), kl=3.0, beta=0.5, undesirable_weight=2.0)
+    expected = [1 - sigma(0.5 * 1.0 - 1.5), 2 * (1 - sigma(1.5 - 0.5 * -2.0))]
+    assert loss.tolist() == pytest.approx(expected)
+    negative_kl = pf.kto_loss(logprobs, ref, torch.tensor([True, False]), kl=-3.0, beta=0.5)
+    assert negative_kl.tolist() == pytest.approx([1 - sigma(0.5), 1 - sigma(1.0)])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda s, t: pf.preference_loss(s, s, s, s, loss_type="dpo"),
+            "loss_type must be one of sigmoid, .*found 'dpo'",
+        ),
+        (lambda s, t: pf.preference_loss(s, s, s, s, beta=0.0), "beta must be positive, found 0.0"),
+        (lambda s, t: pf.preference_loss(s, s), "sigmoid needs ref_chosen and ref_rejected"),
+        (lambda s, t: pf.preference_loss(s, s, s, s, "simpo"), "simpo is reference-free"),
+        (lambda s, t: pf.preference_loss(s, s, s, s, gamma=1.0), r"sigmoid takes label_smoothing; found \['gamma'\]"),
+        (lambda s, t: pf.preference_loss(s, s, s, s, "hinge", tau=1.0), "hinge takes no hyperparameter beside beta"),
+        (lambda s, t: pf.preference_loss(s, s, s, s, "robust", label_smoothing=0.5), r"label_smoothing must be in \[0"),
+        (lambda s, t: pf.preference_loss(t, t, t, t, "ipo"), "length-normalised log-probs: pass chosen and rejected"),
+        (
+            lambda s, t: pf.preference_loss(s, s, s, sequences(-1.0)),
+            r"shapes must be equal, found chosen \(2,\), .*ref_rejected \(1,\)",
+        ),
+        (lambda s, t: pf.wpo_loss(s, s, s, s, torch.ones(2), torch.ones(3)), r"rejected_weight \(3,\)"),
+        (lambda s, t: pf.wspo_loss(*[torch.zeros(2, 3)] * 5, level="word"), 'level must be "token" or "sequence"'),
+        (lambda s, t: pf.wspo_loss(*[torch.zeros(2, 3)] * 4, torch.ones(2, 4)), r"mask \(2, 4\)"),
+        (lambda s, t: pf.wspo_loss(*[torch.zeros(2, 3)] * 4, torch.tensor([[1.0] * 3, [0.0] * 3])), r"sequences \[1\]"),
+        (lambda s, t: pf.wspo_loss(*[torch.zeros(2, 3)] * 4, torch.ones(2, 3), gamma=0), "gamma must be positive"),
+        (lambda s, t: pf.kto_loss(t, t, torch.ones(3), 0.0), r"desirable \(3,\)"),
+    ],
+)
+def test_bad_input_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(sequences(-1.0, -2.0), torch.zeros(2))

@@ -1,0 +1,176 @@
+"""The public function: the contract that holds on every backend, and its errors."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import assert_as_good_as_plain, make_problem, plain_stats, relative_error
+
+import prefopt_fast as pf
+
+
+def test_reference_agrees_with_the_textbook():
+    """Against statistics written out token by token, so that the truth itself is tested against something."""
+    hidden, weight, targets = make_problem(5, 7, 3, torch.float64)
+    stats = pf.reference.token_logprobs(hidden, pf.LMHead(weight), targets, stats=pf.STATS)
+    for t in range(5):
+        logits = [float(hidden[t] @ weight[v]) for v in range(7)]
+        exps = [torch.tensor(z, dtype=torch.float64).exp() for z in logits]
+        probs = torch.stack(exps) / sum(exps)
+        truth = {
+            "logprobs": probs[targets[t]].log(),
+            "log_sum_sq_probs": probs.square().sum().log(),
+            "max_logprob": probs.max().log(),
+            "entropy": -(probs * probs.log()).sum(),
+            "mean_logit": torch.tensor(logits, dtype=torch.float64).mean(),
+            "is_top1": torch.tensor(logits[targets[t]] == max(logits)),
+            "logsumexp": sum(exps).log(),
+        }
+        for name, value in truth.items():
+            assert torch.allclose(getattr(stats, name)[t].double(), value.double(), rtol=1e-12, atol=1e-12), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"softcap": 4.0},
+        {"logit_scale": 0.25, "temperature": 0.7},
+        {"bias": True, "softcap": 9.0, "temperature": 2.0},
+    ],
+    ids=["plain", "softcap", "scaled", "all"],
+)
+def test_statistics_and_gradients(dtype, options):
+    hidden, weight, targets = make_problem(33, 101, 16, dtype)
+    bias = torch.randn(101, dtype=torch.float64).to(dtype) if options.get("bias") else None
+    targets[::5] = -100
+    upstream = torch.randn(33)
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias) if x is not None]
+    head = pf.LMHead(weight, **(options | {"bias": bias}))
+
+    ours = pf.token_logprobs(hidden, head, targets, stats=pf.STATS, grad_tolerance=0.0)
+    truth = pf.reference.token_logprobs(hidden, head, targets, stats=pf.STATS)
+    plain = plain_stats(hidden, head, targets)
+    for name in plain:
+        assert_as_good_as_plain(getattr(ours, name), plain[name], getattr(truth, name), name=name)
+    assert torch.equal(ours.mask, targets != -100)
+    assert ours.logprobs.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert (ours.logprobs[~ours.mask] == 0).all() and (ours.logprobs <= 0).all()
+
+    ours_grads, true_grads, plain_grads = (
+        torch.autograd.grad((logprobs * upstream).sum(), leaves)
+        for logprobs in (ours.logprobs, truth.logprobs, plain["logprobs"])
+    )
+    for name, *grads in zip(("hidden", "weight", "bias"), ours_grads, plain_grads, true_grads, strict=False):
+        assert_as_good_as_plain(*grads, name=name)
+
+
+def test_shapes_follow_the_targets():
+    hidden, weight, targets = make_problem(24, 50, 8)
+    flat = pf.token_logprobs(hidden, pf.LMHead(weight), targets)
+    for shape in ((4, 6), (2, 3, 4), (24, 1)):
+        stats = pf.token_logprobs(hidden.view(*shape, 8), pf.LMHead(weight), targets.view(shape), stats=("entropy",))
+        assert stats.logprobs.shape == stats.entropy.shape == stats.mask.shape == shape
+        assert torch.equal(stats.logprobs.flatten(), flat.logprobs)
+        assert stats.max_logprob is None
+
+
+def test_statistics_are_detached_and_logprobs_are_not():
+    hidden, weight, targets = make_problem(4, 9, 3)
+    stats = pf.token_logprobs(hidden.requires_grad_(), pf.LMHead(weight), targets, stats=pf.STATS)
+    assert stats.logprobs.requires_grad
+    assert not any(getattr(stats, name).requires_grad for name in pf.STATS)
+
+
+def test_target_certainty_keeps_the_gradient_digits():
+    """As p(target) → 1, 1 − p is 5 e^-20: formed as a difference, or from a log-prob that was, no fp32 digit is left.
+
+    log p = −log1p(Σ_{v≠y} e^{z_v − z_y}) keeps them all; it costs leaving the target out of the sum of exponentials.
+    """
+    weight = torch.eye(6, 6)
+    hidden = (20.0 * torch.eye(6)[:3]).requires_grad_()
+    targets = torch.arange(3)
+    ours, truth = (
+        function(hidden, pf.LMHead(weight), targets).logprobs
+        for function in (pf.token_logprobs, pf.reference.token_logprobs)
+    )
+    assert relative_error(ours, truth) < 1e-5
+    ours_grad, true_grad = (torch.autograd.grad(logprobs.sum(), hidden)[0] for logprobs in (ours, truth))
+    assert relative_error(ours_grad, true_grad) < 1e-5
+
+
+def test_autocast_casts_as_the_models_own_head_would():
+    hidden, weight, targets = make_problem(12, 40, 8)
+    hidden.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = pf.token_logprobs(hidden, pf.LMHead(weight), targets, grad_tolerance=0.0).logprobs
+    by_hand = pf.token_logprobs(hidden.bfloat16(), pf.LMHead(weight.bfloat16()), targets, grad_tolerance=0.0).logprobs
+    assert torch.equal(ours, by_hand)
+    grad = torch.autograd.grad(ours.sum(), hidden)[0]
+    assert grad.dtype == torch.float32
+
+
+def test_checkpointing_and_compile_of_the_surrounding_model():
+    hidden, weight, targets = make_problem(12, 40, 8)
+    layer = torch.nn.Linear(8, 8)
+    head = pf.LMHead(weight.requires_grad_())
+
+    def forward(states):
+        return pf.token_logprobs(layer(states).tanh(), head, targets, grad_tolerance=0.0).logprobs.sum()
+
+    expected = torch.autograd.grad(forward(hidden), [layer.weight, weight])
+    checkpointed = torch.utils.checkpoint.checkpoint(forward, hidden, use_reentrant=False)
+    compiled = torch.compile(forward, backend="aot_eager")(hidden)
+    for total in (checkpointed, compiled):
+        for grad, truth in zip(torch.autograd.grad(total, [layer.weight, weight]), expected, strict=True):
+            torch.testing.assert_close(grad, truth)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"hidden": torch.zeros(3, 5)},
+            r"hidden \(3, 5\).*targets' shape \(4,\).*hidden size 3 of head.weight \(9, 3\)",
+        ),
+        ({"hidden": torch.zeros(4, 3, dtype=torch.long)}, "hidden must be floating point, found torch.int64"),
+        ({"hidden": torch.zeros(4, 3, dtype=torch.float16)}, "one dtype, found torch.float16 and torch.float32"),
+        ({"targets": torch.zeros(4)}, "targets must be integer token ids, found torch.float32"),
+        ({"targets": torch.tensor([0, 9, -1, 12])}, r"targets must be in \[0, 9\).*3 are not, from -1 to 12"),
+        ({"stats": ("entropy", "perplexity")}, r"stats must be a tuple of log_sum_sq_probs, .*found \['perplexity'\]"),
+        ({"stats": "entropy"}, "stats must be a tuple"),
+        ({"backend": "cuda"}, "backend must be one of auto, torch, triton, reference; found 'cuda'"),
+        ({"grad_tolerance": "fast"}, "grad_tolerance must be"),
+        ({"grad_tolerance": (0.1, -1.0)}, "grad_tolerance must be"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_input_is_named(change, message):
+    hidden, weight, targets = make_problem(4, 9, 3)
+    arguments = {"hidden": hidden, "head": pf.LMHead(weight), "targets": targets} | change
+    with pytest.raises(ValueError, match=message):
+        pf.token_logprobs(**arguments)
+
+
+def test_non_finite_hidden_states_are_found_where_asked():
+    hidden, weight, targets = make_problem(4, 9, 3)
+    hidden[2, 1] = float("nan")
+    assert pf.token_logprobs(hidden, pf.LMHead(weight), targets).logprobs[2].isnan()
+    with pf.check_inputs(), pytest.raises(ValueError, match="hidden has NaN or Inf at 1 of 4 positions"):
+        pf.token_logprobs(hidden, pf.LMHead(weight), targets)
+
+
+def test_import_needs_torch_alone():
+    code = (
+        "import sys, prefopt_fast; "
+        "print([m for m in ('triton', 'transformers', 'accelerate', 'trl', 'datasets', 'peft') if m in sys.modules])"
+    )
+    ours = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    torch_alone = subprocess.run(
+        [sys.executable, "-c", code.replace("prefopt_fast", "torch")], capture_output=True, text=True, check=True
+    ).stdout
+    assert ours == torch_alone
