@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 STATS = ("log_sum_sq_probs", "max_logprob", "entropy", "mean_logit", "is_top1", "logsumexp")
-BACKENDS = ("auto", "torch", "triton", "reference")
+IMPLEMENTATIONS = {"torch": ".torch_backend", "triton": ".linear_logprob", "reference": "..reference.token_stats"}
+BACKENDS = ("auto", *IMPLEMENTATIONS)
 
 
 class Options(NamedTuple):
@@ -39,14 +41,8 @@ def linear_logprob(
     ``transform`` is (scale, softcap): logits z = softcap · tanh(scale · x / softcap), or scale · x without a cap, for
     x = hidden @ weightᵀ + bias.
     """
-    match resolve_backend(backend, hidden.device):
-        case "torch":
-            from .torch_backend import linear_logprob as implementation
-        case "triton":
-            from .linear_logprob import linear_logprob as implementation
-        case "reference":
-            from ..reference.token_stats import linear_logprob as implementation
-    return implementation(hidden, weight, bias, targets, transform, stats, options)
+    implementation = import_module(IMPLEMENTATIONS[resolve_backend(backend, hidden.device)], __package__)
+    return implementation.linear_logprob(hidden, weight, bias, targets, transform, stats, options)
 
 
 def resolve_backend(backend: str, device: torch.device) -> str:
