@@ -1,0 +1,389 @@
+"""Preference rows → token ids → padded batches that know which positions predict a response token."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby, islice
+from os.path import commonprefix
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+RESPONSES = ("chosen", "rejected")
+TRUNCATION_SIDES = ("prompt_start", "sequence_start", "sequence_end")
+IGNORE_INDEX = -100
+
+_FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+_HUB_ID = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?")
+_SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "gpt": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+}
+_TOKENS = pa.list_(pa.int32())
+_ENCODE_ROWS = 256  # rows tokenized by one call of the tokenizer, which spreads them over its threads
+
+Message = dict[str, Any]
+Text = str | list[Message]
+
+
+def load_preferences(source: str, split: str | None = None) -> datasets.Dataset:
+    """Rows as they are, from a file, a folder or the Hugging Face hub.
+
+    Args:
+        source: a .json, .jsonl or .parquet file; a folder written by ``datasets.save_to_disk``; a folder of such files;
+            or a hub id, "name" or "name:config".
+        split: as ``datasets.load_dataset`` takes it ("test", "train[:100]"); None for "train" or the only one there is.
+
+    Raises:
+        FileNotFoundError: a local path that does not exist.
+        ValueError: an unknown file type, a split that is not there, or no rows.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        if path.suffix not in _FILE_BUILDERS:
+            raise ValueError(f"{source}: a preference file must end in {', '.join(_FILE_BUILDERS)}")
+        dataset = datasets.load_dataset(_FILE_BUILDERS[path.suffix], data_files=str(path), split=split or "train")
+    elif path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
+        dataset = datasets.load_from_disk(str(path))
+    elif path.is_dir():
+        dataset = datasets.load_dataset(str(path), split=split)
+    else:
+        hub_id = hub_name(source)
+        dataset = datasets.load_dataset(hub_id["name"], hub_id["config"], split=split)
+    if isinstance(dataset, datasets.DatasetDict):
+        name = split or ("train" if "train" in dataset or len(dataset) != 1 else next(iter(dataset)))
+        if name not in dataset:
+            raise ValueError(f"{source} has the splits {', '.join(dataset)}, not {name!r}")
+        dataset = dataset[name]
+    if len(dataset) == 0:
+        raise ValueError(f"{source} has no rows")
+    return dataset
+
+
+def hub_name(source: str) -> Mapping[str, str | None]:
+    """ "name" and "config" of a hub id; raises FileNotFoundError for what can only be a local path, and is not there."""
+    match = _HUB_ID.fullmatch(source)
+    if match is None or source.startswith(".") or Path(source).suffix in _FILE_BUILDERS:
+        raise FileNotFoundError(f"{source} does not exist (and is no hub id, which has the form [owner/]name)")
+    return match.groupdict()
+
+
+def normalize(row: Mapping[str, Any], index: int, responses: Sequence[str] = RESPONSES) -> dict[str, Any]:
+    """One row as {"prompt": text or messages, each response: text or messages, "template_kwargs": dict}.
+
+    Understood are TRL's formats (an explicit prompt, or one that is the common beginning of the responses; text or
+    messages; the columns ``tools`` and ``chat_template_kwargs``) and ShareGPT ranking ("conversations", with chosen and
+    rejected as one message each; the columns ``system`` and ``tools``). A message is {"role", "content"} or
+    {"from", "value"} with ShareGPT's roles.
+
+    Args:
+        row: a row of the dataset.
+        index: its number, for errors.
+        responses: the responses wanted; the other may be missing where the prompt is explicit.
+
+    Raises:
+        ValueError: naming the row, for a field that is missing or of an unknown form.
+    """
+    sharegpt = row.get("conversations") is not None
+    # UltraFeedback and others repeat as text a prompt that also begins both lists of messages: TRL's rule is to trust
+    # the messages then.
+    repeated = isinstance(row.get("prompt"), str) and not isinstance(row.get(responses[0]), str | None)
+    implicit = not sharegpt and (row.get("prompt") is None or repeated)
+    names = RESPONSES if implicit else tuple(responses)
+    if missing := [name for name in names if row.get(name) is None]:
+        found = ", ".join(sorted(name for name, value in row.items() if value is not None))
+        raise ValueError(
+            f"row {index} has no {' and no '.join(missing)}: expected chosen and rejected beside prompt or conversations "
+            f"(or with the prompt as their common beginning), found {found or 'no field'}"
+        )
+    fields: dict[str, Text] = {name: _text_or_messages(row[name], f"row {index}, {name}") for name in names}
+    if implicit:
+        fields = _split_prompt(fields["chosen"], fields["rejected"], index)
+    elif sharegpt:
+        prompt = _text_or_messages(row["conversations"], f"row {index}, conversations")
+        if isinstance(prompt, str):
+            raise ValueError(f"row {index}, conversations: expected a list of messages, found text")
+        if row.get("system") and prompt[0]["role"] != "system":
+            prompt = [{"role": "system", "content": row["system"]}, *prompt]
+        # The format's responses are messages even where a file has them as bare text.
+        fields = {k: [{"role": "assistant", "content": v}] if isinstance(v, str) else v for k, v in fields.items()}
+        fields["prompt"] = prompt
+    else:
+        fields["prompt"] = _text_or_messages(row["prompt"], f"row {index}, prompt")
+    fields = {name: fields[name] for name in ("prompt", *responses)}
+    if len({isinstance(value, str) for value in fields.values()}) > 1:
+        kinds = ", ".join(f"{k} {'text' if isinstance(v, str) else 'messages'}" for k, v in fields.items())
+        raise ValueError(f"row {index}: prompt and responses must all be text or all messages, found {kinds}")
+    template_kwargs = dict(row.get("chat_template_kwargs") or {})
+    if tools := row.get("tools"):
+        template_kwargs["tools"] = json.loads(tools) if isinstance(tools, str) else tools
+    return {**fields, "template_kwargs": template_kwargs}
+
+
+def _text_or_messages(value: Any, where: str) -> Text:
+    """Text as it is, or messages as {"role", "content", …} dictionaries without empty fields."""
+    if isinstance(value, str):
+        return value
+    messages = [value] if isinstance(value, Mapping) else value
+    if not isinstance(messages, Sequence) or not messages or not all(isinstance(item, Mapping) for item in messages):
+        raise ValueError(f"{where}: expected text or a list of messages, found {value!r:.200}")
+    return [_message(message, where) for message in messages]
+
+
+def _message(message: Mapping[str, Any], where: str) -> Message:
+    # Arrow gives every message of a column the union of their fields, None where a message lacks one.
+    message = {name: value for name, value in message.items() if value is not None}
+    if "role" in message:
+        return message
+    if message.get("from") not in _SHAREGPT_ROLES or "value" not in message:
+        raise ValueError(
+            f'{where}: a message must have "role" and "content", or "value" and "from" (one of '
+            f"{', '.join(_SHAREGPT_ROLES)}), found {message!r:.200}"
+        )
+    return {"role": _SHAREGPT_ROLES[message["from"]], "content": message["value"]}
+
+
+def _split_prompt(chosen: Text, rejected: Text, index: int) -> dict[str, Text]:
+    """The common beginning as the prompt, and what follows it: TRL's rule for an implicit prompt."""
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise ValueError(f"row {index}: chosen and rejected must both be text or both messages")
+    # One unit at least stays a response, also where one of the two begins the other.
+    shortest = min(len(chosen), len(rejected)) - 1
+    cut = next((i for i in range(shortest) if chosen[i] != rejected[i]), max(shortest, 0))
+    if isinstance(chosen, str) and cut > 0 and chosen[cut - 1] == " ":
+        cut -= 1  # tokenizers keep a space with the word that follows it
+    return {"prompt": chosen[:cut], "chosen": chosen[cut:], "rejected": rejected[cut:]}
+
+
+@dataclass(frozen=True)
+class EncodeReport:
+    """What :func:`encode` did to a dataset; printed, it is one line.
+
+    rows: rows given; kept: rows encoded; dropped: rows left without a response token.
+    prompts_cut, responses_cut: kept rows whose prompt, or either response, lost tokens to ``max_length``.
+    diverged: rows whose tokenized prompt does not begin the tokenized conversation (see encode).
+    max_length, truncation_side: as given. longest: tokens of the longest kept sequence. tokens: response tokens kept.
+    """
+
+    rows: int
+    kept: int
+    dropped: int
+    prompts_cut: int
+    responses_cut: int
+    diverged: int
+    max_length: int | None
+    truncation_side: str
+    longest: int
+    tokens: int
+
+    def __str__(self) -> str:
+        line = f"{self.kept} of {self.rows} rows, {self.tokens:,} response tokens, longest sequence {self.longest}"
+        if self.max_length is not None:
+            line += (
+                f"; cut to {self.max_length} at {self.truncation_side}: {self.prompts_cut} prompts, "
+                f"{self.responses_cut} rows' responses, {self.dropped} rows dropped"
+            )
+        elif self.dropped:
+            line += f"; {self.dropped} rows dropped without a response token"
+        if self.diverged:
+            line += f"; {self.diverged} prompts tokenize differently alone than before their response"
+        return line
+
+
+def encode(
+    dataset: datasets.Dataset,
+    tokenizer: Any,
+    max_length: int | None = None,
+    truncation_side: str = "prompt_start",
+    responses: Sequence[str] = RESPONSES,
+) -> tuple[datasets.Dataset, EncodeReport]:
+    """Token ids of every row: int32 lists ``prompt_ids`` and, for each response, ``chosen_ids``, ``rejected_ids``; and
+    int64 ``row``, the row's index in ``dataset`` (rows without a response token are left out).
+
+    Messages go through the tokenizer's chat template, text is followed by the EOS token. As in TRL, prompt and response
+    are tokenized together and the response begins where the result leaves the tokenized prompt: usually right after
+    it, earlier where the template or a merge across the boundary changes the prompt's end (``diverged`` counts these
+    rows; that end of the prompt is then no part of the sequence). A leading BOS survives every cut, and stands for an
+    empty prompt (EOS where there is no BOS): a response's first token needs a position that predicts it.
+
+    Args:
+        dataset: rows that :func:`normalize` understands.
+        tokenizer: of transformers.
+        max_length: tokens of prompt plus response; None for no limit.
+        truncation_side: what goes when a row is longer. The prompt stays one for all responses of a row, as the losses
+            assume.
+            "prompt_start": the prompt's beginning; then the end of a response that is too long by itself.
+            "sequence_start": the prompt's beginning; then a response's beginning. TRL's ``keep_end``, but for the
+            prompt, which TRL cuts differently for the two responses.
+            "sequence_end": the response's end; a row whose prompt leaves no room is dropped. TRL's ``keep_start``.
+        responses: ("chosen", "rejected"), or ("chosen",) for WSPO.
+
+    Raises:
+        ValueError: an argument or a row that does not fit, or no row left.
+    """
+    if truncation_side not in TRUNCATION_SIDES:
+        raise ValueError(f"truncation_side must be one of {', '.join(TRUNCATION_SIDES)}; found {truncation_side!r}")
+    if max_length is not None and max_length < 2:
+        raise ValueError(f"max_length must hold a prompt token and a response token, found {max_length}")
+    if not responses or not set(responses) <= set(RESPONSES):
+        raise ValueError(f"responses must be some of {', '.join(RESPONSES)}; found {responses!r}")
+    columns: dict[str, Any] = {"row": pa.int64(), "prompt_ids": _TOKENS} | {f"{name}_ids": _TOKENS for name in responses}
+    schema = pa.schema(list(columns.items()))
+    tables, counts = [], dict.fromkeys(("dropped", "prompts_cut", "responses_cut", "diverged", "longest", "tokens"), 0)
+    for start in range(0, len(dataset), _ENCODE_ROWS):
+        rows = range(start, min(start + _ENCODE_ROWS, len(dataset)))
+        texts = [_render(normalize(dataset[row], row, responses), tokenizer, row) for row in rows]
+        encoded = []
+        for row, (prompt, *sequences) in zip(rows, _tokenize(texts, tokenizer), strict=True):
+            ids = _split_sequences(prompt, sequences)
+            counts["diverged"] += len(ids[0]) < len(prompt)
+            ids = _nonempty_prompt(ids, tokenizer, row)
+            kept = ids if max_length is None else _truncate(ids, max_length, truncation_side, tokenizer.bos_token_id)
+            if not all(kept):
+                counts["dropped"] += 1
+                continue
+            counts["prompts_cut"] += len(kept[0]) < len(ids[0])
+            counts["responses_cut"] += any(len(cut) < len(whole) for cut, whole in zip(kept[1:], ids[1:], strict=True))
+            counts["longest"] = max(counts["longest"], len(kept[0]) + max(map(len, kept[1:])))
+            counts["tokens"] += sum(map(len, kept[1:]))
+            encoded.append(dict(zip(columns, (row, *kept), strict=True)))
+        tables.append(pa.Table.from_pylist(encoded, schema=schema))
+    report = EncodeReport(
+        rows=len(dataset),
+        kept=len(dataset) - counts["dropped"],
+        max_length=max_length,
+        truncation_side=truncation_side,
+        **counts,
+    )
+    if not report.kept:
+        raise ValueError(f"no row keeps a response token ({report})")
+    return datasets.Dataset(pa.concat_tables(tables)), report
+
+
+def _render(fields: dict[str, Any], tokenizer: Any, row: int) -> tuple[bool, list[str]]:
+    """Whether the texts hold their special tokens already, and the texts: the prompt, then prompt + each response."""
+    prompt, template_kwargs, *responses = fields["prompt"], fields.pop("template_kwargs"), *list(fields.values())[1:]
+    if isinstance(prompt, str):
+        eos = tokenizer.eos_token
+        if not eos:
+            raise ValueError("text rows end in the tokenizer's EOS token, and this tokenizer has none")
+        return False, [prompt, *(prompt + (text if text.endswith(eos) else text + eos) for text in responses)]
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"row {row} holds messages, and the tokenizer has no chat template: set tokenizer.chat_template, or use text rows"
+        )
+    conversations = [(prompt, True), *((prompt + response, False) for response in responses)]
+    return True, [
+        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opening, **template_kwargs)
+        for messages, opening in conversations
+    ]
+
+
+def _tokenize(rendered: list[tuple[bool, list[str]]], tokenizer: Any) -> list[list[list[int]]]:
+    """Ids of each row's texts; rows of text get the special tokens that the tokenizer adds by itself."""
+    ids: list[list[list[int]]] = []
+    for templated, run in groupby(rendered, key=lambda item: item[0]):
+        rows = [texts for _, texts in run]
+        flat = [text for texts in rows for text in texts]
+        flat_ids = iter(tokenizer(flat, add_special_tokens=not templated, return_attention_mask=False)["input_ids"])
+        ids += [list(islice(flat_ids, len(texts))) for texts in rows]
+    return ids
+
+
+def _split_sequences(prompt: list[int], sequences: list[list[int]]) -> list[list[int]]:
+    """The prompt shared by all sequences, and each sequence's remainder."""
+    length = len(commonprefix([prompt, *sequences]))
+    return [prompt[:length], *(ids[length:] for ids in sequences)]
+
+
+def _nonempty_prompt(ids: list[list[int]], tokenizer: Any, row: int) -> list[list[int]]:
+    if ids[0]:
+        return ids
+    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if first is None:
+        raise ValueError(f"row {row} has an empty prompt, and the tokenizer no BOS or EOS token to stand for it")
+    return [[first], *ids[1:]]
+
+
+def _truncate(ids: list[list[int]], max_length: int, side: str, bos: int | None) -> list[list[int]]:
+    """Prompt and responses cut to ``max_length``; a response may become empty ("sequence_end")."""
+    prompt, *responses = ids
+    if side == "sequence_end":
+        room = max(0, max_length - len(prompt))
+        return [prompt, *(response[:room] for response in responses)]
+    room = max_length - 1  # for a response: one prompt token predicts its first token
+    responses = [response[:room] if side == "prompt_start" else response[-room:] for response in responses]
+    room = max_length - max(map(len, responses))
+    if len(prompt) > room:
+        prompt = [bos, *prompt[1:][len(prompt) - room :]] if prompt[0] == bos else prompt[-room:]
+    return [prompt, *responses]
+
+
+@dataclass(frozen=True)
+class ResponseBatch:
+    """S = len(responses) · B sequences, padded on the right: all chosen first, then all rejected.
+
+    input_ids: (S, T) int64. attention_mask: (S, T) int64.
+    targets: (S, T) int64, the token predicted *at* each position where that is a response token, IGNORE_INDEX elsewhere.
+    positions: (N,) int64, indices of the scored positions in the flattened (S · T) layout, by sequence and time.
+    cu_seqlens: (S + 1,) int64, offsets of the sequences in the N scored tokens.
+    rows: (B,) int64, the ``row`` of each pair. responses: names, in the order of the sequences.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    targets: Tensor
+    positions: Tensor
+    cu_seqlens: Tensor
+    rows: Tensor
+    responses: tuple[str, ...]
+
+    def to(self, device: torch.device | str) -> ResponseBatch:
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
+
+
+def collate(
+    rows: list[dict[str, Any]], responses: Sequence[str] = RESPONSES, pad_token_id: int = 0
+) -> ResponseBatch:
+    """A batch of rows as :func:`encode` makes them.
+
+    Raises:
+        ValueError: no rows, a row without one of the responses, or with an empty prompt or response.
+    """
+    if not rows:
+        raise ValueError("collate needs at least one row")
+    for row in rows:
+        for column in ("prompt_ids", *(f"{name}_ids" for name in responses)):
+            if not len(row.get(column) or ()):
+                raise ValueError(f"row {row.get('row')} has no token in {column}; found {sorted(row)}")
+    pairs = [(list(row["prompt_ids"]), list(row[f"{name}_ids"])) for name in responses for row in rows]
+    length = max(len(prompt) + len(response) for prompt, response in pairs)
+    input_ids = torch.full((len(pairs), length), pad_token_id)
+    attention_mask = torch.zeros_like(input_ids)
+    targets = torch.full_like(input_ids, IGNORE_INDEX)
+    for s, (prompt, response) in enumerate(pairs):
+        end = len(prompt) + len(response)
+        input_ids[s, :end] = torch.tensor(prompt + response)
+        attention_mask[s, :end] = 1
+        targets[s, len(prompt) - 1 : end - 1] = torch.tensor(response)
+    lengths = torch.tensor([0, *(len(response) for _, response in pairs)])
+    return ResponseBatch(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        targets=targets,
+        positions=(targets.flatten() != IGNORE_INDEX).nonzero().squeeze(-1),
+        cu_seqlens=lengths.cumsum(0),
+        rows=torch.tensor([row["row"] for row in rows]),
+        responses=tuple(responses),
+    )

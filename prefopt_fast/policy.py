@@ -1,0 +1,174 @@
+"""A causal LM as token statistics: its backbone runs without the head, which then sees response positions alone."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .batch import ResponseBatch, hub_name
+from .head import LMHead
+from .token_stats import TokenStats, token_logprobs
+
+_CHECK_TOKENS = 16  # positions on which verify_head compares logits
+
+
+class ResponseStats(NamedTuple):
+    """Statistics of the N response tokens of a batch, packed (N,), and the sequences' offsets (S + 1,) in them."""
+
+    stats: TokenStats
+    cu_seqlens: Tensor
+
+
+class ResponseModel(nn.Module):
+    """A transformers causal LM that maps a :class:`ResponseBatch` to the statistics of its response tokens.
+
+    Wrappers such as DistributedDataParallel, autocast and gradient checkpointing work on it as on the model itself: its
+    parameters are the model's, all used in ``forward``.
+
+    Args:
+        model: a causal LM, also with PEFT adapters other than prompt learning.
+        grad_tolerance, backend: as in :func:`prefopt_fast.token_logprobs`.
+        temperature: positive divisor of the logits.
+        seed: of the column sampling behind an inexact gradient. It is an attribute: give each step its own.
+
+    Raises:
+        ValueError: a model without a backbone and head that can be run apart.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        grad_tolerance: float | str | tuple[float, float] = "auto",
+        backend: str = "auto",
+        temperature: float = 1.0,
+        seed: int = 0,
+    ):
+        super().__init__()
+        find_backbone(model)
+        self.model = model
+        self.grad_tolerance = grad_tolerance
+        self.backend = backend
+        self.temperature = temperature
+        self.seed = seed
+        self._verified = False
+
+    def forward(self, batch: ResponseBatch, stats: tuple[str, ...] = ()) -> ResponseStats:
+        """Log-probs, and the statistics named in ``stats``, of the batch's response tokens.
+
+        The first call verifies the head, see :func:`verify_head`.
+        """
+        if not self._verified:
+            verify_head(self.model, batch.input_ids[:1, :_CHECK_TOKENS])
+            self._verified = True
+        hidden = hidden_states(self.model, batch.input_ids, batch.attention_mask)  # (S, T, H)
+        token_stats = token_logprobs(
+            hidden.flatten(0, 1)[batch.positions],
+            LMHead.from_model(self.model).with_temperature(self.temperature),
+            batch.targets.flatten()[batch.positions],
+            stats=stats,
+            grad_tolerance=self.grad_tolerance,
+            backend=self.backend,
+            seed=self.seed,
+        )
+        return ResponseStats(token_stats, batch.cu_seqlens)
+
+
+def hidden_states(
+    model: nn.Module,
+    input_ids: Tensor,  # (S, T)
+    attention_mask: Tensor,  # (S, T)
+) -> Tensor:
+    """(S, T, H): what the model's head would be given."""
+    return find_backbone(model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+
+
+def find_backbone(model: nn.Module) -> nn.Module:
+    """The causal LM's module below its head, through PEFT (adapters live inside it) and ``.module`` wrappers.
+
+    Raises:
+        ValueError: prompt-learning PEFT, whose virtual tokens only the whole model adds; a model without a backbone of
+            its own.
+    """
+    while hasattr(model, "module") and not hasattr(model, "get_output_embeddings"):
+        model = model.module
+    for name, config in (getattr(model, "peft_config", None) or {}).items():
+        if config.is_prompt_learning:
+            raise ValueError(
+                f"PEFT adapter {name!r} is of type {config.peft_type}, whose virtual tokens shift every position; "
+                "use an adapter that changes layers, such as LoRA"
+            )
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    backbone = getattr(model, "base_model", model)
+    if backbone is model:
+        raise ValueError(f"{type(model).__name__} has no backbone apart from a head: a causal language model is needed")
+    return backbone
+
+
+@torch.no_grad()
+def verify_head(
+    model: nn.Module,
+    input_ids: Tensor,  # (1, T)
+) -> None:
+    """Compare backbone and :class:`LMHead` with the model's own logits on a few tokens, in evaluation mode.
+
+    A family that scales its hidden states or logits in a way that LMHead.from_model does not know is found here,
+    instead of trained on wrong numbers.
+
+    Raises:
+        ValueError: logits that differ by more than rounding.
+    """
+    with _evaluation(model):
+        expected = model(input_ids=input_ids, use_cache=False).logits.double()
+        hidden = hidden_states(model, input_ids, torch.ones_like(input_ids))
+        head = LMHead.from_model(model)
+        x = nn.functional.linear(hidden, head.weight.to(hidden.dtype)).double()
+        x = x if head.bias is None else x + head.bias
+        scale, softcap = head.transform
+        found = scale * x if softcap is None else softcap * torch.tanh(scale * x / softcap)
+    # Each side rounds its inputs, its product and a few elementwise steps once: some units of the coarsest dtype.
+    dtype = min((hidden.dtype, head.weight.dtype, _compute_dtype(input_ids.device)), key=lambda d: -torch.finfo(d).eps)
+    difference, norm = float((found - expected).norm()), float(expected.norm())
+    if not difference <= 8 * torch.finfo(dtype).eps * norm:
+        raise ValueError(
+            f"{type(model).__name__}: logits from its hidden states and head differ from its own by {difference / norm:.1e} "
+            f"of their norm; this family computes logits in a way that LMHead.from_model does not know"
+        )
+
+
+def unpack(
+    values: Tensor,  # (N,)
+    cu_seqlens: Tensor,  # (S + 1,)
+) -> tuple[Tensor, Tensor]:
+    """Packed values as (S, T) with zeros on the right, T the longest sequence, and the boolean mask (S, T)."""
+    lengths = cu_seqlens.diff()
+    padded = nn.utils.rnn.pad_sequence(values.split(lengths.tolist()), batch_first=True)
+    return padded, torch.arange(padded.shape[1], device=values.device) < lengths[:, None]
+
+
+def load_model(
+    source: str,
+    dtype: torch.dtype | str = "auto",
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+) -> nn.Module:
+    """A causal LM from a folder or hub id, safetensors only; from a folder with a PEFT adapter, its base with it.
+
+    Raises:
+        FileNotFoundError: a local path that does not exist.
+        ValueError: weights in another format than safetensors.
+    """
+
+
+def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a folder or hub id, with EOS as its padding token where it has none.
+
+    Raises:
+        FileNotFoundError: a local path that does not exist.
+        ValueError: neither a padding nor an EOS token.
+    """
