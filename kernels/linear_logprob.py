@@ -1,0 +1,454 @@
+"""Token statistics under an LM head and their gradients as Triton kernels: no (N, V) tensor is ever formed.
+
+Letters: N tokens (n of them scored), H hidden size, V vocabulary. Inside the kernels logits are in base 2, multiplied
+by log₂e, since the hardware's exponential is 2^x.
+
+Forward: a program owns a block of tokens and a range of the vocabulary ("split"). It walks its range in tiles and keeps
+the running maximum m, Σ 2^(z−m) and what the asked statistics need, all from one product; the combine kernel merges the
+splits of each token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import configs
+from .dispatch import STATS, Options, Report
+
+LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
+LN2: tl.constexpr = tl.constexpr(math.log(2.0))
+
+MAX_SPLITS = 256
+# Programs per multiprocessor: the last wave of programs is partly idle, so its share must be small …
+MIN_WAVES = 8
+# … and this many token blocks run side by side, over as many splits as fill the device, so that what they read of
+# hidden and weight stays in the L2 cache.
+TOKEN_BLOCKS_PER_GROUP = 16
+
+
+@triton.jit
+def _load_tile(source, row, column, n_rows, n_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr):
+    """(ROWS, COLUMNS) of a row-major (n_rows, n_columns) matrix, zero outside of it."""
+    if TMA:
+        tile = source.load([row, column])
+    else:
+        rows = row + tl.arange(0, ROWS)
+        columns = column + tl.arange(0, COLUMNS)
+        offsets = rows[:, None].to(tl.int64) * n_columns + columns[None, :]
+        tile = tl.load(source + offsets, mask=(rows < n_rows)[:, None] & (columns < n_columns)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def _logits(
+    product,  # (BLOCK_N, BLOCK_V), fp32
+    bias,  # (V,) or None
+    columns,  # (BLOCK_V,)
+    n_columns,
+    scale,
+    softcap,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """Base-2 logits: log₂e · softcap · tanh(scale · x / softcap), or log₂e · scale · x."""
+    if bias is not None:
+        product += tl.load(bias + columns, mask=columns < n_columns, other=0.0).to(tl.float32)[None, :]
+    if HAS_SOFTCAP:
+        # tanh(a) = 1 − 2 / (1 + e^(2a)): the exponential may overflow to inf or vanish, and both limits are right.
+        inverse = 1.0 / (1.0 + tl.exp2(product * (2.0 * LOG2E * scale / softcap)))
+        logits = softcap * LOG2E * (1.0 - 2.0 * inverse)
+    else:
+        logits = product * (scale * LOG2E)
+    return logits
+
+
+@triton.jit
+def _forward_kernel(
+    hidden,  # (n, H): descriptor or pointer
+    weight,  # (V, H): descriptor or pointer
+    bias,  # (V,) or None
+    targets,  # (n,)
+    partials,  # (2 + SUM_SQ + ENTROPY + SUM, splits, n), fp32
+    target_logits,  # (n,), fp32
+    n_tokens,
+    vocab_size,
+    hidden_size,
+    n_splits,
+    tiles_per_split,
+    scale,
+    softcap,
+    HAS_SOFTCAP: tl.constexpr,
+    SUM_SQ: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    SUM: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    program = tl.program_id(0)
+    group_programs = GROUP * n_splits
+    first_block = program // group_programs * GROUP
+    group_blocks = min(tl.cdiv(n_tokens, BLOCK_N) - first_block, GROUP)
+    token_block = first_block + program % group_programs % group_blocks
+    split = program % group_programs // group_blocks
+
+    first_token = token_block * BLOCK_N
+    tokens = first_token + tl.arange(0, BLOCK_N)
+    target = tl.load(targets + tokens, mask=tokens < n_tokens, other=-1).to(tl.int32)
+
+    maximum = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_N,), tl.float32)  # Σ 2^(z−m)
+    total_sq = tl.zeros((BLOCK_N,), tl.float32)  # Σ 4^(z−m)
+    weighted = tl.zeros((BLOCK_N,), tl.float32)  # Σ 2^(z−m) (z−m)
+    logit_sum = tl.zeros((BLOCK_N,), tl.float32)  # Σ z
+    target_logit = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+
+    first_column = split * tiles_per_split * BLOCK_V
+    last_column = min(first_column + tiles_per_split * BLOCK_V, vocab_size)
+    for column in tl.range(first_column, last_column, BLOCK_V):
+        product = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+        for k in tl.range(0, hidden_size, BLOCK_H):
+            h = _load_tile(hidden, first_token, k, n_tokens, hidden_size, BLOCK_N, BLOCK_H, TMA)
+            w = _load_tile(weight, column, k, vocab_size, hidden_size, BLOCK_V, BLOCK_H, TMA)
+            product = tl.dot(h, w.T, product, input_precision=PRECISION)
+
+        columns = column + tl.arange(0, BLOCK_V)
+        logits = _logits(product, bias, columns, vocab_size, scale, softcap, HAS_SOFTCAP)
+        if SUM:
+            logit_sum += tl.sum(tl.where((columns < vocab_size)[None, :], logits, 0.0), 1)
+        logits = tl.where((columns < vocab_size)[None, :], logits, float("-inf"))
+        hit = columns[None, :] == target[:, None]
+        target_logit = tl.maximum(target_logit, tl.max(tl.where(hit, logits, float("-inf")), 1))
+
+        new_maximum = tl.maximum(maximum, tl.max(logits, 1))
+        rescale = tl.exp2(maximum - new_maximum)
+        shifted = logits - new_maximum[:, None]
+        exp = tl.exp2(shifted)
+        if ENTROPY:
+            # Σ e·(z − m') from Σ e·(z − m): every term gains (m − m')·e. A first tile has Σ e = 0 and m = −inf.
+            moved = tl.where(maximum == float("-inf"), 0.0, maximum - new_maximum)
+            weighted = rescale * (weighted + moved * total)
+            weighted += tl.sum(tl.where((columns < vocab_size)[None, :], exp * shifted, 0.0), 1)
+        total = total * rescale + tl.sum(exp, 1)
+        if SUM_SQ:
+            total_sq = total_sq * rescale * rescale + tl.sum(exp * exp, 1)
+        maximum = new_maximum
+
+    stride = tl.cast(n_splits, tl.int64) * n_tokens
+    slot = partials + tl.cast(split, tl.int64) * n_tokens + tokens
+    scored = tokens < n_tokens
+    tl.store(slot, maximum, mask=scored)
+    tl.store(slot + stride, total, mask=scored)
+    if SUM_SQ:
+        tl.store(slot + 2 * stride, total_sq, mask=scored)
+    if ENTROPY:
+        tl.store(slot + (2 + SUM_SQ) * stride, weighted, mask=scored)
+    if SUM:
+        tl.store(slot + (2 + SUM_SQ + ENTROPY) * stride, logit_sum, mask=scored)
+    # A target stands in one split: that program writes its logit.
+    tl.store(target_logits + tokens, target_logit, mask=(target >= first_column) & (target < last_column))
+
+
+@triton.jit
+def _combine_kernel(
+    partials,  # (2 + SUM_SQ + ENTROPY + SUM, splits, n), fp32
+    target_logits,  # (n,), fp32
+    rows,  # (n,) where each token's results go, or None: in order
+    logprobs,  # (N,), fp32
+    logsumexp,  # (N,), fp32
+    values,  # (asked statistics, N), fp32
+    n_tokens,
+    n_rows,
+    n_splits,
+    vocab_size,
+    LOG_SUM_SQ_PROBS: tl.constexpr,  # each statistic's row in values, or −1
+    MAX_LOGPROB: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    MEAN_LOGIT: tl.constexpr,
+    IS_TOP1: tl.constexpr,
+    LOGSUMEXP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+):
+    """Merge the splits of each token and finish its statistics, in nats."""
+    tokens = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    splits = tl.arange(0, BLOCK_SPLITS)
+    scored = tokens < n_tokens
+    inside = (splits < n_splits)[:, None] & scored[None, :]
+    slots = partials + splits[:, None].to(tl.int64) * n_tokens + tokens[None, :]
+    stride = tl.cast(n_splits, tl.int64) * n_tokens
+
+    split_maximum = tl.load(slots, mask=inside, other=float("-inf"))
+    maximum = tl.max(split_maximum, 0)
+    maximum = tl.where(scored, maximum, 0.0)
+    moved = tl.where(inside, split_maximum - maximum[None, :], 0.0)
+    rescale = tl.where(inside, tl.exp2(moved), 0.0)
+    split_total = tl.load(slots + stride, mask=inside, other=0.0)
+    total = tl.sum(split_total * rescale, 0)
+    total = tl.where(scored, total, 1.0)
+    log_total = tl.log(total)
+    # Through the shifted target: ≤ 0, and with all its digits beside a large maximum.
+    logit = tl.load(target_logits + tokens, mask=scored, other=0.0)
+    logprob = (logit - maximum) * LN2 - log_total
+    lse = maximum * LN2 + log_total
+
+    out = tokens
+    if rows is not None:
+        out = tl.load(rows + tokens, mask=scored, other=0)
+    tl.store(logprobs + out, logprob, mask=scored)
+    tl.store(logsumexp + out, lse, mask=scored)
+    if LOG_SUM_SQ_PROBS >= 0:
+        split_sq = tl.load(slots + 2 * stride, mask=inside, other=0.0)
+        total_sq = tl.where(scored, tl.sum(split_sq * rescale * rescale, 0), 1.0)
+        # Both sums are ≥ 1, so log Σp² = log Σe² − 2 log Σe cancels nothing.
+        result = tl.log(total_sq) - 2.0 * log_total
+        tl.store(values + LOG_SUM_SQ_PROBS * n_rows + out, result, mask=scored)
+    if MAX_LOGPROB >= 0:
+        tl.store(values + MAX_LOGPROB * n_rows + out, -log_total, mask=scored)
+    if ENTROPY >= 0:
+        split_weighted = tl.load(slots + (2 + (LOG_SUM_SQ_PROBS >= 0)) * stride, mask=inside, other=0.0)
+        weighted = tl.sum(rescale * (split_weighted + moved * split_total), 0)
+        tl.store(values + ENTROPY * n_rows + out, log_total - LN2 * weighted / total, mask=scored)
+    if MEAN_LOGIT >= 0:
+        slot = slots + (2 + (LOG_SUM_SQ_PROBS >= 0) + (ENTROPY >= 0)) * stride
+        logit_sum = tl.sum(tl.load(slot, mask=inside, other=0.0), 0)
+        tl.store(values + MEAN_LOGIT * n_rows + out, logit_sum * (LN2 / vocab_size), mask=scored)
+    if IS_TOP1 >= 0:
+        top1 = (logit >= maximum).to(tl.float32)
+        tl.store(values + IS_TOP1 * n_rows + out, top1, mask=scored)
+    if LOGSUMEXP >= 0:
+        tl.store(values + LOGSUMEXP * n_rows + out, lse, mask=scored)
+
+
+def _splits(n_tokens: int, vocab_size: int, config: configs.Config, device: torch.device) -> tuple[int, int]:
+    """(splits, tiles per split): enough programs for MIN_WAVES waves, at most MAX_SPLITS splits."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    tiles = triton.cdiv(vocab_size, config.block_v)
+    blocks = triton.cdiv(n_tokens, config.block_n)
+    wanted = min(MAX_SPLITS, tiles, triton.cdiv(MIN_WAVES * processors, blocks))
+    tiles_per_split = triton.cdiv(tiles, wanted)
+    return triton.cdiv(tiles, tiles_per_split), tiles_per_split
+
+
+def _tma_available(*operands: Tensor) -> bool:
+    """Tensor memory access needs Hopper or later and rows of whole 16 bytes; the interpreter plays it as well."""
+    device = operands[0].device
+    if device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_capability(device) < (9, 0)):
+        return False
+    return device.type != "xpu" and all(
+        t.data_ptr() % 16 == 0 and t.shape[1] * t.element_size() % 16 == 0 for t in operands
+    )
+
+
+def _operand(matrix: Tensor, block: list[int], tma: bool) -> Any:
+    return TensorDescriptor.from_tensor(matrix, block) if tma else matrix
+
+
+def _dot_precision() -> str:
+    """How fp32 products are computed: by torch's own switch, as torch.mm would."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def forward_partials(
+    hidden: Tensor,  # (n, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    targets: Tensor,  # (n,)
+    transform: tuple[float, float | None],
+    stats: tuple[str, ...],
+) -> tuple[Tensor, Tensor]:
+    """What each split knows of each token, (quantities, splits, n), and the targets' base-2 logits, (n,)."""
+    (n_tokens, hidden_size), vocab_size = hidden.shape, weight.shape[0]
+    scale, softcap = transform
+    config = configs.lookup("forward", configs.architecture(hidden.device), hidden.dtype, hidden_size)
+    n_splits, tiles_per_split = _splits(n_tokens, vocab_size, config, hidden.device)
+    quantities = {
+        "SUM_SQ": "log_sum_sq_probs" in stats,
+        "ENTROPY": "entropy" in stats,
+        "SUM": "mean_logit" in stats,
+    }
+    partials = hidden.new_empty(2 + sum(quantities.values()), n_splits, n_tokens, dtype=torch.float32)
+    target_logits = hidden.new_empty(n_tokens, dtype=torch.float32)
+    tma = _tma_available(hidden, weight)
+    _forward_kernel[(triton.cdiv(n_tokens, config.block_n) * n_splits,)](
+        _operand(hidden, [config.block_n, config.block_h], tma),
+        _operand(weight, [config.block_v, config.block_h], tma),
+        bias,
+        targets,
+        partials,
+        target_logits,
+        n_tokens,
+        vocab_size,
+        hidden_size,
+        n_splits,
+        tiles_per_split,
+        scale,
+        softcap or 0.0,
+        HAS_SOFTCAP=softcap is not None,
+        **quantities,
+        TMA=tma,
+        PRECISION=_dot_precision(),
+        GROUP=TOKEN_BLOCKS_PER_GROUP,
+        BLOCK_N=config.block_n,
+        BLOCK_V=config.block_v,
+        BLOCK_H=config.block_h,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return partials, target_logits
+
+
+def scored_rows(
+    hidden: Tensor,  # (N, H)
+    targets: Tensor,  # (N,)
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """hidden and targets of the tokens that count, and their row numbers, or None where all count.
+
+    Costs one synchronization; without it the ignored tokens, often half of a batch of pairs, would be computed.
+    """
+    rows = (targets != ignore_index).nonzero().squeeze(-1)
+    if len(rows) == len(targets):
+        return hidden.contiguous(), targets, None
+    return hidden.index_select(0, rows), targets.index_select(0, rows), rows
+
+
+@torch.library.custom_op("prefopt_fast::linear_logprob", mutates_args=())
+def _forward_op(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    targets: Tensor,  # (N,)
+    scale: float,
+    softcap: float | None,
+    stats: str,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logprobs (N,), logsumexp (N,) and the asked statistics (len(stats), N); stats are names joined by commas."""
+    names = tuple(stats.split(",")) if stats else ()
+    n_rows = len(targets)
+    logprobs = hidden.new_zeros(n_rows, dtype=torch.float32)
+    logsumexp = torch.zeros_like(logprobs)
+    values = logprobs.new_zeros(len(names), n_rows)
+    scored, scored_targets, rows = scored_rows(hidden, targets, ignore_index)
+    if n_tokens := len(scored):
+        partials, target_logits = forward_partials(
+            scored, weight.contiguous(), bias, scored_targets, (scale, softcap), names
+        )
+        n_splits = partials.shape[1]
+        block_splits = triton.next_power_of_2(n_splits)
+        block_n = max(16, 2048 // block_splits)
+        _combine_kernel[(triton.cdiv(n_tokens, block_n),)](
+            partials,
+            target_logits,
+            rows,
+            logprobs,
+            logsumexp,
+            values,
+            n_tokens,
+            n_rows,
+            n_splits,
+            weight.shape[0],
+            **{name.upper(): names.index(name) if name in names else -1 for name in STATS},
+            BLOCK_N=block_n,
+            BLOCK_SPLITS=block_splits,
+        )
+    return logprobs, logsumexp, values
+
+
+@_forward_op.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    scale: float,
+    softcap: float | None,
+    stats: str,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    logprobs = hidden.new_empty(targets.shape, dtype=torch.float32)
+    n_stats = len(stats.split(",")) if stats else 0
+    return logprobs, torch.empty_like(logprobs), logprobs.new_empty(n_stats, *targets.shape)
+
+
+def linear_logprob(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    targets: Tensor,  # (N,)
+    transform: tuple[float, float | None],
+    stats: tuple[str, ...],
+    options: Options,
+) -> tuple[dict[str, Tensor], Report | None]:
+    """See kernels/dispatch.py for the contract.
+
+    Raises:
+        NotImplementedError: operands in float64, which the kernels do not take.
+    """
+    if hidden.dtype == torch.float64:
+        raise NotImplementedError('the Triton kernels take bf16, fp16 and fp32, found float64: use backend="torch"')
+    logprobs, _, values = _forward_op(hidden, weight, bias, targets, *transform, ",".join(stats), options.ignore_index)
+    outputs = dict(zip(stats, values.detach(), strict=True))
+    if "is_top1" in outputs:
+        outputs["is_top1"] = outputs["is_top1"].bool()
+    return {"logprobs": logprobs, **outputs}, None
+
+
+class Specialization(NamedTuple):
+    """One kernel as it is compiled: hand ``ASTSource(kernel, signature, constexprs)`` to ``triton.compile``."""
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    divisible: tuple[str, ...]  # arguments that are multiples of 16, as pointers and hidden sizes are
+    config: configs.Config
+
+
+def aot_signatures(arch: str) -> Iterator[Specialization]:
+    """Each kernel in each configuration of the table for ``arch`` ("sm_90", "gfx942", …), WPO's statistics asked for."""
+    tma = arch.startswith("sm_") and int(arch[3:]) >= 90
+    for bits, dtype in (("16", "bf16"), ("32", "fp32")):
+        for max_hidden, config in configs.entries("forward", arch, bits):
+            yield Specialization(
+                f"forward_{dtype}_h{max_hidden or 'any'}",
+                _forward_kernel,
+                {
+                    "hidden": _operand_type(dtype, config.block_n, config.block_h, tma),
+                    "weight": _operand_type(dtype, config.block_v, config.block_h, tma),
+                    "targets": "*i64",
+                    **dict.fromkeys(("partials", "target_logits"), "*fp32"),
+                    **dict.fromkeys(("n_tokens", "vocab_size", "hidden_size", "n_splits", "tiles_per_split"), "i32"),
+                    **dict.fromkeys(("scale", "softcap"), "fp32"),
+                },
+                {
+                    "bias": None,
+                    "HAS_SOFTCAP": False,
+                    "SUM_SQ": True,
+                    "ENTROPY": False,
+                    "SUM": False,
+                    "TMA": tma,
+                    "PRECISION": "ieee",
+                    "GROUP": TOKEN_BLOCKS_PER_GROUP,
+                    "BLOCK_N": config.block_n,
+                    "BLOCK_V": config.block_v,
+                    "BLOCK_H": config.block_h,
+                },
+                ("targets", "partials", "target_logits", "hidden_size") + (() if tma else ("hidden", "weight")),
+                config,
+            )
+
+
+def _operand_type(dtype: str, rows: int, columns: int, tma: bool) -> str:
+    return f"tensordesc<{dtype}[{rows}, {columns}]>" if tma else f"*{dtype}"
