@@ -33,6 +33,8 @@ MIN_WAVES = 8
 # hidden and weight stays in the L2 cache.
 TOKEN_BLOCKS_PER_GROUP = 16
 
+WORKSPACE_BYTES = 128 << 20  # of ∂loss/∂logits that the backward holds at a time, for a range of the vocabulary
+
 
 @triton.jit
 def _load_tile(source, row, column, n_rows, n_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr):
@@ -230,6 +232,72 @@ def _combine_kernel(
         tl.store(values + LOGSUMEXP * n_rows + out, lse, mask=scored)
 
 
+@triton.jit
+def _grad_logits_kernel(
+    hidden,  # (n, H): descriptor or pointer
+    weight,  # (columns, H), rows of the head's weight: descriptor or pointer
+    bias,  # (columns,) or None
+    ids,  # (columns,), the vocabulary entry of each row of weight, or None: first_id, first_id + 1, …
+    targets,  # (n,)
+    logsumexp,  # (n,), fp32, in nats
+    upstream,  # (n,), fp32: −scale · ∂loss/∂logprob
+    at_target,  # (n,), fp32: scale · ∂loss/∂logprob · (1 − p(target))
+    grad_logits,  # (n, columns), rows apart by grad_stride: descriptor or pointer
+    n_tokens,
+    n_columns,
+    hidden_size,
+    grad_stride,
+    first_id,
+    scale,
+    softcap,
+    HAS_SOFTCAP: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """∂loss/∂x of a tile, x = hidden @ weightᵀ + bias, from recomputed logits: ∂logp/∂z_v = [v = y] − p_v."""
+    program = tl.program_id(0)
+    group_programs = GROUP * tl.cdiv(n_columns, BLOCK_V)
+    first_block = program // group_programs * GROUP
+    group_blocks = min(tl.cdiv(n_tokens, BLOCK_N) - first_block, GROUP)
+    first_token = (first_block + program % group_programs % group_blocks) * BLOCK_N
+    column = program % group_programs // group_blocks * BLOCK_V
+
+    product = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    for k in tl.range(0, hidden_size, BLOCK_H):
+        h = _load_tile(hidden, first_token, k, n_tokens, hidden_size, BLOCK_N, BLOCK_H, TMA)
+        w = _load_tile(weight, column, k, n_columns, hidden_size, BLOCK_V, BLOCK_H, TMA)
+        product = tl.dot(h, w.T, product, input_precision=PRECISION)
+
+    tokens = first_token + tl.arange(0, BLOCK_N)
+    columns = column + tl.arange(0, BLOCK_V)
+    scored = tokens < n_tokens
+    target = tl.load(targets + tokens, mask=scored, other=-1).to(tl.int32)
+    lse = tl.load(logsumexp + tokens, mask=scored, other=float("inf"))
+    factor = tl.load(upstream + tokens, mask=scored, other=0.0)
+    hit_value = tl.load(at_target + tokens, mask=scored, other=0.0)
+    vocabulary_ids = first_id + columns
+    if ids is not None:
+        vocabulary_ids = tl.load(ids + columns, mask=columns < n_columns, other=-2)
+
+    logits = _logits(product, bias, columns, n_columns, scale, softcap, HAS_SOFTCAP)
+    grad = tl.exp2(logits - (lse * LOG2E)[:, None]) * factor[:, None]
+    grad = tl.where(vocabulary_ids[None, :] == target[:, None], hit_value[:, None], grad)
+    if HAS_SOFTCAP:
+        # d cap·tanh(x/cap) / dx = 1 − (z/cap)²
+        ratio = logits * (1.0 / (softcap * LOG2E))
+        grad *= 1.0 - ratio * ratio
+    if TMA:
+        grad_logits.store([first_token, column], grad.to(grad_logits.dtype))
+    else:
+        offsets = tokens[:, None].to(tl.int64) * grad_stride + columns[None, :]
+        inside = scored[:, None] & (columns < n_columns)[None, :]
+        tl.store(grad_logits + offsets, grad.to(grad_logits.dtype.element_ty), mask=inside)
+
+
 def _splits(n_tokens: int, vocab_size: int, config: configs.Config, device: torch.device) -> tuple[int, int]:
     """(splits, tiles per split): enough programs for MIN_WAVES waves, at most MAX_SPLITS splits."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
@@ -382,6 +450,174 @@ def _(
     return logprobs, torch.empty_like(logprobs), logprobs.new_empty(n_stats, *targets.shape)
 
 
+def grad_logits(
+    hidden: Tensor,  # (n, H)
+    weight: Tensor,  # (columns, H)
+    bias: Tensor | None,  # (columns,)
+    ids: Tensor | None,  # (columns,)
+    first_id: int,
+    token_factors: tuple[Tensor, Tensor, Tensor, Tensor],
+    transform: tuple[float, float | None],
+    out: Tensor,  # (n, columns), rows may lie apart
+) -> None:
+    """Write ∂loss/∂(hidden @ weightᵀ + bias) for some of the vocabulary; token_factors are _grad_logits_kernel's."""
+    (n_tokens, hidden_size), n_columns = hidden.shape, weight.shape[0]
+    scale, softcap = transform
+    config = configs.lookup("grad_logits", configs.architecture(hidden.device), hidden.dtype, hidden_size)
+    tma = _tma_available(hidden, weight)
+    _grad_logits_kernel[(triton.cdiv(n_tokens, config.block_n) * triton.cdiv(n_columns, config.block_v),)](
+        _operand(hidden, [config.block_n, config.block_h], tma),
+        _operand(weight, [config.block_v, config.block_h], tma),
+        bias,
+        ids,
+        *token_factors,
+        _operand(out, [config.block_n, config.block_v], tma),
+        n_tokens,
+        n_columns,
+        hidden_size,
+        out.stride(0),
+        first_id,
+        scale,
+        softcap or 0.0,
+        HAS_SOFTCAP=softcap is not None,
+        TMA=tma,
+        PRECISION=_dot_precision(),
+        GROUP=TOKEN_BLOCKS_PER_GROUP,
+        BLOCK_N=config.block_n,
+        BLOCK_V=config.block_v,
+        BLOCK_H=config.block_h,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+
+
+@torch.library.custom_op("prefopt_fast::linear_logprob_backward", mutates_args=())
+def _backward_op(
+    grad: Tensor,  # (N,), fp32
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    targets: Tensor,  # (N,)
+    logprobs: Tensor,  # (N,)
+    logsumexp: Tensor,  # (N,)
+    scale: float,
+    softcap: float | None,
+    ignore_index: int,
+    needed: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dhidden, dweight and dbias, each empty where not needed; exact.
+
+    ∂loss/∂logits G is formed for all tokens and a range of the vocabulary at a time, in the operands' dtype, and meets
+    weight and hidden in two library products, which reach the device's peak where a kernel that fuses either would
+    have to recompute G for the other. A range holds all tokens, so its rows of dweight are complete after one product
+    with an fp32 accumulator; dhidden accumulates over the ranges in fp32. No atomics: equal inputs give equal bits.
+    """
+    need_hidden, need_weight, need_bias = needed
+    vocab_size = len(weight)
+    dweight = torch.zeros_like(weight) if need_weight else weight.new_empty(0)
+    dbias = torch.zeros_like(bias) if need_bias else weight.new_empty(0)
+    scored, scored_targets, rows = scored_rows(hidden, targets, ignore_index)
+    n_tokens = len(scored)
+    if not n_tokens:
+        return torch.zeros_like(hidden) if need_hidden else hidden.new_empty(0), dweight, dbias
+
+    if rows is not None:
+        grad, logprobs, logsumexp = grad[rows], logprobs[rows], logsumexp[rows]
+    # fp16 has no range for p · ∂loss/∂logp, so there the upstream gradient is brought to at most 1 and put back later.
+    unit = grad.abs().amax().clamp_min(torch.finfo(grad.dtype).tiny) if hidden.dtype == torch.float16 else None
+    upstream = scale * (grad if unit is None else grad / unit)
+    # The target's own 1 − p as −expm1(logp): as p → 1 the difference of two rounded numbers has no digit left.
+    token_factors = (scored_targets, logsumexp, -upstream, upstream * -torch.expm1(logprobs))
+
+    weight = weight.contiguous()
+    width = max(256, WORKSPACE_BYTES // (n_tokens * hidden.element_size()) // 256 * 256)
+    workspace = hidden.new_empty(n_tokens, min(width, triton.cdiv(vocab_size, 256) * 256))
+    dscored = hidden.new_zeros(scored.shape, dtype=torch.float32) if need_hidden else None
+    for first in range(0, vocab_size, width):
+        part = slice(first, min(first + width, vocab_size))
+        g = workspace[:, : part.stop - first]
+        grad_logits(
+            scored,
+            weight[part],
+            None if bias is None else bias[part],
+            None,
+            first,
+            token_factors,
+            (scale, softcap),
+            g,
+        )
+        if dscored is not None:
+            _accumulate_product(dscored, g, weight[part])
+        if need_weight:
+            if unit is None:
+                torch.mm(g.T, scored, out=dweight[part])
+            else:
+                dweight[part] = _product(g.T, scored) * unit
+        if need_bias:
+            total = g.sum(0, dtype=torch.float32)
+            dbias[part] = total if unit is None else total * unit
+
+    if dscored is None:
+        return hidden.new_empty(0), dweight, dbias
+    if unit is not None:
+        dscored *= unit
+    dhidden = dscored.to(hidden.dtype)
+    return dhidden if rows is None else torch.zeros_like(hidden).index_copy_(0, rows, dhidden), dweight, dbias
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right in fp32, of operands in any dtype."""
+    if left.dtype == torch.float32 or left.device.type == "cpu":
+        return left.float() @ right.float()
+    return torch.mm(left, right, out_dtype=torch.float32)
+
+
+def _accumulate_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right with total in fp32."""
+    if left.dtype == torch.float32 or left.device.type == "cpu":
+        total.addmm_(left.float(), right.float())
+    else:
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+
+
+@_backward_op.register_fake
+def _(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    logprobs: Tensor,
+    logsumexp: Tensor,
+    scale: float,
+    softcap: float | None,
+    ignore_index: int,
+    needed: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    need_hidden, need_weight, need_bias = needed
+    return (
+        torch.empty_like(hidden) if need_hidden else hidden.new_empty(0),
+        torch.empty_like(weight) if need_weight else weight.new_empty(0),
+        torch.empty_like(bias) if need_bias else weight.new_empty(0),
+    )
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, targets, ctx.scale, ctx.softcap, _, ctx.ignore_index = inputs
+    logprobs, logsumexp, values = output
+    ctx.save_for_backward(hidden, weight, bias, targets, logprobs, logsumexp)
+    ctx.mark_non_differentiable(logsumexp, values)
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    needed = list(ctx.needs_input_grad[:3])
+    gradients = _backward_op(grad.contiguous(), *ctx.saved_tensors, ctx.scale, ctx.softcap, ctx.ignore_index, needed)
+    return (*(g if need else None for g, need in zip(gradients, needed, strict=True)), *[None] * 5)
+
+
+_forward_op.register_autograd(_backward, setup_context=_save_for_backward)
+
+
 def linear_logprob(
     hidden: Tensor,  # (N, H)
     weight: Tensor,  # (V, H)
@@ -398,6 +634,9 @@ def linear_logprob(
     """
     if hidden.dtype == torch.float64:
         raise NotImplementedError('the Triton kernels take bf16, fp16 and fp32, found float64: use backend="torch"')
+    if hidden.dtype == torch.bfloat16 and hidden.device.type == "cpu":
+        # Triton's interpreter would multiply the bit patterns of bf16 as integers.
+        hidden, weight = hidden.float(), weight.float()
     logprobs, _, values = _forward_op(hidden, weight, bias, targets, *transform, ",".join(stats), options.ignore_index)
     outputs = dict(zip(stats, values.detach(), strict=True))
     if "is_top1" in outputs:
@@ -417,7 +656,7 @@ class Specialization(NamedTuple):
 
 
 def aot_signatures(arch: str) -> Iterator[Specialization]:
-    """Each kernel in each configuration of the table for ``arch`` ("sm_90", "gfx942", …), WPO's statistics asked for."""
+    """Each kernel in each configuration that ``arch`` ("sm_90", "gfx942", …) runs, with WPO's statistics asked for."""
     tma = arch.startswith("sm_") and int(arch[3:]) >= 90
     for bits, dtype in (("16", "bf16"), ("32", "fp32")):
         for max_hidden, config in configs.entries("forward", arch, bits):
