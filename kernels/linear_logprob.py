@@ -71,7 +71,12 @@ def _logits(
     return logits
 
 
-@triton.jit
+# Sizes that change from call to call: a specialization for each that happens to be 1 or a multiple of 16 would compile
+# kernels in the middle of a run.
+_VARYING = ["n_tokens", "n_rows", "vocab_size", "n_columns", "n_splits", "tiles_per_split", "first_id"]
+
+
+@triton.jit(do_not_specialize=_VARYING)
 def _forward_kernel(
     hidden,  # (n, H): descriptor or pointer
     weight,  # (V, H): descriptor or pointer
@@ -161,7 +166,7 @@ def _forward_kernel(
     tl.store(target_logits + tokens, target_logit, mask=(target >= first_column) & (target < last_column))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def _combine_kernel(
     partials,  # (2 + SUM_SQ + ENTROPY + SUM, splits, n), fp32
     target_logits,  # (n,), fp32
@@ -232,7 +237,7 @@ def _combine_kernel(
         tl.store(values + LOGSUMEXP * n_rows + out, lse, mask=scored)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def _grad_logits_kernel(
     hidden,  # (n, H): descriptor or pointer
     weight,  # (columns, H), rows of the head's weight: descriptor or pointer
