@@ -34,5 +34,14 @@ $(VENV)/.test: $(VENV)/.train
 	$(PIP) -e '.[test]'
 	touch $@
 
+# Compiled without a GPU, so never in Triton's interpreter.
+gpu-report: $(VENV)/.test
+	env -u TRITON_INTERPRET $(BIN)/python benchmarks/gpu_report.py
+
+# Runs in the python that has torch and Triton for this machine's GPU; nothing is installed.
+gpu-bench:
+	$(PYTHON) setup.py -q build --build-base build/gpu
+	PYTHONPATH=build/gpu/lib $(PYTHON) benchmarks/gpu_bench.py $(ARGS)
+
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
