@@ -1,0 +1,127 @@
+"""Checkpoints that exist whole or not at all, and the identity of the run that a folder holds."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RUN_FILE = "run.json"
+TEMPORARY = ".partial"  # suffix of what is being written, and of what is being removed
+_PREFIX = "checkpoint-"
+
+
+def latest_checkpoint(output_dir: Path) -> Path | None:
+    """The checkpoint of the highest step."""
+    found = checkpoints(output_dir)
+    return found[-1] if found else None
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """By rising step; a folder of that name was renamed into place, so it is whole."""
+    found = [path for path in output_dir.glob(f"{_PREFIX}*") if path.name[len(_PREFIX) :].isdigit()]
+    return sorted(found, key=checkpoint_step)
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    return int(checkpoint.name[len(_PREFIX) :])
+
+
+def checkpoint_path(output_dir: Path, step: int) -> Path:
+    return output_dir / f"{_PREFIX}{step}"
+
+
+def publish(partial: Path, final: Path) -> None:
+    """Rename the finished folder or file ``partial`` to ``final``, with all of it on disk before the name is."""
+    for path in [*partial.rglob("*"), partial]:
+        _fsync(path)
+    os.replace(partial, final)
+    _fsync(final.parent)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Atomically."""
+    partial = path.with_name(path.name + TEMPORARY)
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    publish(partial, path)
+
+
+def prune(output_dir: Path, limit: int | None) -> None:
+    """Remove all but the last ``limit`` checkpoints, and whatever an interrupted run left half-written."""
+    old = checkpoints(output_dir)[:-limit] if limit else []
+    for path in old:
+        # Renamed first: a removal cut short must not leave half a checkpoint under a checkpoint's name.
+        os.replace(path, path.with_name(path.name + TEMPORARY))
+    for path in output_dir.glob(f"*{TEMPORARY}"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def compare(output_dir: Path, identity: Mapping[str, Any]) -> bool:
+    """Whether ``output_dir`` holds the finished run that ``identity`` describes; entries it lacks are not compared.
+
+    Raises:
+        ValueError: the folder holds another run, or something else; names what differs.
+    """
+    if not output_dir.exists():
+        return False
+    run_file = output_dir / RUN_FILE
+    if not run_file.exists():
+        # What a run writes before its first step may be there from a kill between two writes.
+        if foreign := sorted(path.name for path in output_dir.iterdir() if not path.name.endswith(TEMPORARY)):
+            raise ValueError(
+                f"{output_dir} is not empty and holds no run of prefopt-fast (found {', '.join(foreign[:5])}): "
+                "choose another output_dir"
+            )
+        return False
+    run = json.loads(run_file.read_text())
+    there, here = run["identity"], json.loads(json.dumps(identity))
+    if different := [name for name in sorted({*there} & {*here}) if there[name] != here[name]]:
+        lines = [f"  {name}: {there[name]!r} there, {here[name]!r} now" for name in different]
+        raise ValueError(
+            f"{output_dir} holds another run, which differs in\n" + "\n".join(lines) + "\n"
+            "choose another output_dir, or remove that folder"
+        )
+    return run["finished"]
+
+
+def claim(output_dir: Path, identity: Mapping[str, Any]) -> bool:
+    """Take ``output_dir`` for the run that ``identity`` describes; returns and raises what :func:`compare` does."""
+    finished = compare(output_dir, identity)
+    if not (output_dir / RUN_FILE).exists():
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_json(output_dir / RUN_FILE, {"identity": identity, "finished": False})
+    return finished
+
+
+def mark_finished(output_dir: Path) -> None:
+    run = json.loads((output_dir / RUN_FILE).read_text())
+    write_json(output_dir / RUN_FILE, run | {"finished": True})
+
+
+def rng_state() -> dict[str, Any]:
+    """Of Python's and torch's generators, this process's accelerator included, in types torch.load takes unpickled."""
+    state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    if torch.accelerator.is_available():
+        state["accelerator"] = torch.get_device_module().get_rng_state()
+    return state
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    random.setstate(state["python"])
+    torch.set_rng_state(state["torch"])
+    if "accelerator" in state:
+        torch.get_device_module().set_rng_state(state["accelerator"])
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

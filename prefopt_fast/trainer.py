@@ -1,0 +1,578 @@
+"""``train``: pairs and frozen models prepared, then a policy trained on them, from wherever an earlier start ended.
+
+The policy is the only model in memory while it trains, and every random choice is a function of the seed and the step:
+a run that was killed and started again computes what a run that was never killed computes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, gather_object, set_seed
+from torch import nn
+from tqdm import tqdm
+from transformers import SchedulerType, get_scheduler
+
+from . import checkpoint
+from .batch import RESPONSES, collate, encode, load_preferences
+from .checkpoint import TEMPORARY
+from .config import FROZEN_MODELS, TrainConfig
+from .frozen import FrozenLogprobs, scored, stored
+from .metrics import EVAL, MetricsLog, Sums, draw_curves, peak_memory, summarize
+from .objectives import Objective, make_objective
+from .policy import ResponseModel, is_adapter, load_model, load_tokenizer
+from .scoring import LogprobStore, StoreKey, data_digest, model_digest
+
+# Options that change where things lie or what is kept, not what is computed. Models and data count by their digests.
+_NOT_IDENTITY = {
+    *(
+        "output_dir",
+        "logprobs_dir",
+        "save_steps",
+        "save_total_limit",
+        "report_to",
+        "merge_adapter",
+        "trust_remote_code",
+    ),
+    *("model", "dataset", "dataset_split", "eval_dataset"),
+    *(f"{name}_{kind}" for name in FROZEN_MODELS for kind in ("model", "logprobs")),
+}
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training was asked to stop, and stopped after a checkpoint."""
+
+
+class Pairs(NamedTuple):
+    """Encoded rows, and the same rows in the weak models' own tokens where their tokenizer is another."""
+
+    encoded: datasets.Dataset
+    weak: datasets.Dataset | None = None
+
+    def select(self, positions: list[int]) -> Pairs:
+        return Pairs(*(rows and rows.select(positions) for rows in self))
+
+
+class Split(NamedTuple):
+    """What a loop runs over: encoded rows, and each frozen model's log-probs of them."""
+
+    encoded: datasets.Dataset
+    frozen: dict[str, FrozenLogprobs]
+
+
+class BatchPlan(NamedTuple):
+    """Which of ``pairs`` training pairs each optimizer step has: a permutation per epoch, cut into batches.
+
+    Steps count from 0. An epoch's last batch may be smaller. The plan knows nothing of processes.
+    """
+
+    pairs: int
+    batch: int
+    seed: int
+    steps: int
+
+    @classmethod
+    def of(cls, config: TrainConfig, pairs: int, processes: int) -> BatchPlan:
+        batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
+        steps = (
+            config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * math.ceil(pairs / batch))
+        )
+        return cls(pairs, batch, config.seed, steps)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.pairs / self.batch)
+
+    def batches(self, start: int = 0) -> Iterator[list[int]]:
+        """The positions of the pairs of each step from ``start`` on."""
+        generator = torch.Generator().manual_seed(self.seed)
+        for epoch in range(math.ceil(self.steps / self.steps_per_epoch)):
+            order = torch.randperm(self.pairs, generator=generator).tolist()
+            for i in range(self.steps_per_epoch):
+                if start <= epoch * self.steps_per_epoch + i < self.steps:
+                    yield order[i * self.batch : (i + 1) * self.batch]
+
+
+def train(config: TrainConfig) -> Path:
+    """Train as ``config`` says, going on from the last checkpoint in its ``output_dir``; returns that folder.
+
+    Several processes (``accelerate launch``, ``torchrun``) share each step's pairs and compute what one would.
+
+    Raises:
+        ValueError, FileNotFoundError: options, models, data or stores that do not fit, or an ``output_dir`` that holds
+            another run: before any work.
+        Interrupted: SIGINT or SIGTERM; a checkpoint was written.
+    """
+    objective = make_objective(config)
+    _require_schedule(config.lr_scheduler_type)
+    accelerator = _accelerator(config)
+    output_dir = Path(config.output_dir)
+    identity = _identity(config, accelerator)
+    checkpoint.compare(output_dir, identity)
+    if is_adapter(config.model):
+        raise ValueError(f"{config.model} is a PEFT adapter: merge it into its base to train on from it")
+    tokenizer = load_tokenizer(config.model, config.trust_remote_code)
+    weak_tokenizer = _weak_tokenizer(config, tokenizer)
+    stores = {name: LogprobStore.open(path) for name in FROZEN_MODELS if (path := getattr(config, f"{name}_logprobs"))}
+    # A store is of the data as it was encoded for it: with the responses that were scored.
+    responses = next(iter(stores.values())).responses if stores else objective.responses
+    if missing := set(objective.responses) - set(responses):
+        raise ValueError(
+            f"objective {config.objective} needs log-probs of {', '.join(missing)} responses; the store has none"
+        )
+
+    pairs = _load_pairs(config, config.dataset, tokenizer, weak_tokenizer, responses, accelerator)
+    key = StoreKey.of(config.model, tokenizer, pairs.encoded, config.max_length, config.truncation_side)
+    frozen = {name: stored(getattr(config, f"{name}_logprobs"), key, name) for name in stores}
+    positions, held_out = _hold_out(config, len(pairs.encoded))
+    eval_pairs = None
+    if config.eval_dataset:
+        eval_pairs = _load_pairs(config, config.eval_dataset, tokenizer, weak_tokenizer, responses, accelerator)
+    plan = BatchPlan.of(config, len(positions), accelerator.num_processes)
+    sources = {name: _frozen_source(config, name) for name in objective.frozen if name not in stores}
+    identity |= {"model": key.model, "data": key.data, "eval_data": eval_pairs and data_digest(eval_pairs.encoded)}
+    identity |= {name: model_digest(source) for name, source in sources.items()}
+    identity |= {name: store.key.model for name, store in stores.items()}
+    with accelerator.main_process_first():
+        finished = checkpoint.claim(output_dir, identity)
+    if finished:
+        accelerator.print(f"{output_dir} holds this run, finished after {plan.steps} steps: nothing to do")
+        return output_dir
+
+    def freeze(pairs: Pairs) -> dict[str, FrozenLogprobs]:
+        result = {name: frozen[name] for name in objective.frozen if name in frozen}
+        for name, source in sources.items():
+            own_tokens = pairs.weak is not None and name != "ref"
+            rows, its_tokenizer = (pairs.weak, weak_tokenizer) if own_tokens else (pairs.encoded, tokenizer)
+            own_key = StoreKey.of(source, its_tokenizer, rows, config.max_length, config.truncation_side)
+            result[name] = scored(source, rows, own_key, config, its_tokenizer, accelerator, own_tokens)
+        return result
+
+    visited = {positions[i] for batch in plan.batches() for i in batch}
+    needed = freeze(pairs.select(sorted(visited | set(held_out))))
+    train_split = Split(pairs.encoded.select(positions), needed)
+    eval_split = Split(pairs.encoded.select(held_out), needed) if held_out else None
+    if eval_pairs is not None:
+        eval_split = Split(eval_pairs.encoded, freeze(eval_pairs))
+    loop = Loop(config, objective, accelerator, tokenizer, plan, train_split, eval_split)
+    loop.run()
+    return output_dir
+
+
+class Loop:
+    """The policy with its optimizer, from the last checkpoint to the finished model."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        objective: Objective,
+        accelerator: Accelerator,
+        tokenizer: Any,
+        plan: BatchPlan,
+        training: Split,
+        evaluation: Split | None,
+    ):
+        self.config, self.objective, self.accelerator, self.tokenizer = config, objective, accelerator, tokenizer
+        self.plan, self.training, self.evaluation = plan, training, evaluation
+        self.output_dir = Path(config.output_dir)
+        if accelerator.is_main_process:
+            checkpoint.prune(self.output_dir, config.save_total_limit)
+        accelerator.wait_for_everyone()
+        resumed = checkpoint.latest_checkpoint(self.output_dir)
+        set_seed(config.seed)  # the adapters' initialization, the same in all processes
+        self.policy = _build_policy(config, resumed)
+        self.response_model = ResponseModel(self.policy, config.head_tolerance, config.backend)
+        optimizer = _build_optimizer(config, self.policy)
+        self.scheduler = get_scheduler(
+            config.lr_scheduler_type, optimizer, math.ceil(config.warmup_ratio * plan.steps), plan.steps
+        )
+        self.model, self.optimizer = accelerator.prepare(self.response_model, optimizer)
+        self.step, self.sums, self.seconds = 0, Sums(), 0.0
+        set_seed(config.seed, device_specific=True)  # dropout
+        if resumed is not None:
+            self._restore(resumed)
+            accelerator.print(f"going on from {resumed}")
+
+    def run(self) -> None:
+        config, accelerator = self.config, self.accelerator
+        log = (
+            MetricsLog(self.output_dir, self.step, config.report_to == "tensorboard")
+            if accelerator.is_main_process
+            else None
+        )
+        bar = tqdm(
+            total=self.plan.steps, initial=self.step, desc=config.objective, disable=log is None, dynamic_ncols=True
+        )
+        self.model.train()
+        with _stop_requests(accelerator.num_processes == 1) as stop:
+            for batch in self.plan.batches(self.step):
+                grad_norm = self._train_step(batch)
+                self.step += 1
+                bar.update()
+                last = self.step == self.plan.steps
+                if last or self.step % config.logging_steps == 0:
+                    self._log(log, bar, grad_norm)
+                if self.evaluation and (last or (config.eval_steps and self.step % config.eval_steps == 0)):
+                    self._evaluate(log)
+                if not last and (stop or (config.save_steps and self.step % config.save_steps == 0)):
+                    if log is not None:
+                        log.sync()
+                    self._save_checkpoint()
+                if stop and not last:
+                    bar.close()
+                    raise Interrupted(
+                        f"stopped after step {self.step} of {self.plan.steps}; the same command goes on from there"
+                    )
+        bar.close()
+        self._save_model()
+        if log is not None:
+            log.close()
+            curves = draw_curves(self.output_dir, f"{config.objective} · {Path(config.model).name}")
+            checkpoint.mark_finished(self.output_dir)
+            accelerator.print(f"model in {self.output_dir}, curves in {curves}")
+        accelerator.wait_for_everyone()
+
+    def _train_step(self, batch: list[int]) -> torch.Tensor:
+        """One optimizer step on the pairs at positions ``batch`` of the training rows; returns the gradient's norm."""
+        accelerator, start = self.accelerator, time.perf_counter()
+        mine = self._share(batch, self.training.encoded)
+        # A process without a pair in an epoch's last batch still has to take part in the gradients' average.
+        scale = accelerator.num_processes / len(batch) if mine else 0.0
+        micro_batches = _chunks(mine or batch[:1], self.config.per_device_train_batch_size)
+        for i, positions in enumerate(micro_batches):
+            self.response_model.seed = self.step * self.config.gradient_accumulation_steps + i
+            sync = contextlib.nullcontext() if i == len(micro_batches) - 1 else accelerator.no_sync(self.model)
+            with sync:
+                loss, metrics = self._forward(self.training, positions)
+                # DistributedDataParallel averages over processes, so this is the mean over the step's pairs.
+                accelerator.backward(loss.sum() * scale)
+            if mine:
+                self.sums.add(metrics)
+        grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm or math.inf)
+        self.optimizer.step()
+        if not accelerator.optimizer_step_was_skipped:
+            self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.seconds += time.perf_counter() - start
+        return grad_norm
+
+    def _forward(self, split: Split, positions: list[int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss (B,) of the pairs at ``positions``, and their metrics: (B,) each, or sums over them."""
+        rows = [split.encoded[position] for position in positions]
+        batch = collate(rows, self.objective.responses, self.tokenizer.pad_token_id)
+        device = self.accelerator.device
+        frozen = {name: logprobs.packed(batch).to(device, non_blocking=True) for name, logprobs in split.frozen.items()}
+        batch = batch.to(device)
+        stats, cu_seqlens = self.model(batch, self.objective.stats)
+        loss, metrics = self.objective.function(stats, cu_seqlens, frozen)
+        metrics = {"loss": loss, **metrics, "pairs": torch.ones_like(loss), "tokens": batch.attention_mask.sum()}
+        if (report := stats.grad_report) is not None and loss.requires_grad:
+            for name in ("columns_kept", "estimated_error", "dense_chunks"):
+                metrics[f"head/{name}"] = torch.full_like(loss, getattr(report, name))
+        return loss, metrics
+
+    def _share(self, positions: list[int], rows: datasets.Dataset) -> list[int]:
+        """This process's part, by length: pairs of one forward pass then need little padding."""
+        lengths = {position: _length(rows[position]) for position in positions}
+        ordered = sorted(positions, key=lambda position: (lengths[position], position))
+        return ordered[self.accelerator.process_index :: self.accelerator.num_processes]
+
+    @torch.no_grad()
+    def _evaluate(self, log: MetricsLog | None) -> None:
+        assert self.evaluation is not None
+        self.model.eval()
+        sums = Sums()
+        mine = self._share(list(range(len(self.evaluation.encoded))), self.evaluation.encoded)
+        for positions in _chunks(mine, self.config.per_device_eval_batch_size):
+            sums.add(self._forward(self.evaluation, positions)[1])
+        self.model.train()
+        means, _ = self._means(sums)
+        if log is not None:
+            log.write(self.step, {EVAL + name: value for name, value in means.items()})
+
+    def _log(self, log: MetricsLog | None, bar: tqdm, grad_norm: torch.Tensor) -> None:
+        means, tokens = self._means(self.sums)
+        if not math.isfinite(means["loss"]):
+            raise FloatingPointError(
+                f"the loss is {means['loss']} at step {self.step}: lower learning_rate, or train in a wider dtype"
+            )
+        peak = max(gather_object([peak_memory()]))
+        if log is not None:
+            speed = {
+                "grad_norm": float(grad_norm),
+                "learning_rate": self.scheduler.get_last_lr()[0],
+                "epoch": round(self.step / self.plan.steps_per_epoch, 6),
+                "tokens_per_second": round(tokens / self.seconds, 1),
+                "seconds": round(self.seconds, 3),
+                "peak_memory_gib": round(peak / 2**30, 3),
+            }
+            log.write(self.step, means | speed)
+            bar.set_postfix_str(_postfix(means | speed))
+        self.sums, self.seconds = Sums(), 0.0
+
+    def _means(self, sums: Sums) -> tuple[dict[str, float], float]:
+        """Over the pairs of all processes; and the tokens read."""
+        total: dict[str, float] = {}
+        for state in gather_object([sums.state()]):
+            for name, value in state.items():
+                total[name] = total.get(name, 0.0) + value
+        tokens = total.pop("tokens")
+        return summarize(total), tokens
+
+    def _save_checkpoint(self) -> None:
+        """An ordinary model folder that also holds what going on needs; renamed into place when it is complete."""
+        accelerator = self.accelerator
+        final = checkpoint.checkpoint_path(self.output_dir, self.step)
+        partial = final.with_name(final.name + TEMPORARY)
+        if accelerator.is_main_process:
+            partial.mkdir()
+        accelerator.wait_for_everyone()
+        process = {"rng": checkpoint.rng_state(), "sums": self.sums.state(), "seconds": self.seconds}
+        torch.save(process, partial / f"process-{accelerator.process_index}.pt")
+        if accelerator.is_main_process:
+            self.policy.save_pretrained(partial)
+            self.tokenizer.save_pretrained(partial)
+            state = {
+                "step": self.step,
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": self.scheduler.state_dict(),
+                "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
+            }
+            torch.save(state, partial / "training.pt")
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            checkpoint.publish(partial, final)
+            checkpoint.prune(self.output_dir, self.config.save_total_limit)
+
+    def _restore(self, folder: Path) -> None:
+        """All but the weights, which the policy was loaded with."""
+        state = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
+        self.step = state["step"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        if self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        process = torch.load(
+            folder / f"process-{self.accelerator.process_index}.pt", map_location="cpu", weights_only=True
+        )
+        self.sums, self.seconds = Sums(process["sums"]), process["seconds"]
+        checkpoint.set_rng_state(process["rng"])
+
+    def _save_model(self) -> None:
+        """The model's files in ``output_dir``, weights last: a folder with weights is a whole model."""
+        if not self.accelerator.is_main_process:
+            return
+        partial = self.output_dir / f"final{TEMPORARY}"
+        self.policy.save_pretrained(partial)
+        self.tokenizer.save_pretrained(partial)
+        for path in sorted(partial.iterdir(), key=lambda path: (path.suffix == ".safetensors", path.name)):
+            checkpoint.publish(path, self.output_dir / path.name)
+        partial.rmdir()
+        merged = self.output_dir / "merged"
+        if self.config.merge_adapter and not merged.exists():
+            partial = merged.with_name(merged.name + TEMPORARY)
+            self.policy.merge_and_unload().save_pretrained(partial)
+            self.tokenizer.save_pretrained(partial)
+            checkpoint.publish(partial, merged)
+
+
+def _accelerator(config: TrainConfig) -> Accelerator:
+    bf16 = config.bf16
+    if bf16 is None:
+        bf16 = not config.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    accelerator = Accelerator(
+        mixed_precision="bf16" if bf16 else "fp16" if config.fp16 else "no",
+        # No broadcast of buffers: forward passes are not the same number in every process.
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
+    )
+    kind = accelerator.distributed_type
+    if kind not in (
+        DistributedType.NO,
+        DistributedType.MULTI_GPU,
+        DistributedType.MULTI_CPU,
+        DistributedType.MULTI_XPU,
+    ):
+        raise ValueError(f"training runs in one process or with DistributedDataParallel, found {kind}")
+    return accelerator
+
+
+def _identity(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
+    """What a run's result depends on and is known at once; digests of models and data come to it later."""
+    options = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NOT_IDENTITY}
+    precision = {"processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
+    return {name: value for name, value in options.items() if name not in ("bf16", "fp16")} | precision
+
+
+def _require_schedule(name: str) -> None:
+    """Raise ValueError for a schedule that does not exist or needs more than a warm-up and a length."""
+    optimizer = torch.optim.SGD([torch.zeros(1)])
+
+    def usable(name: str) -> bool:
+        try:
+            return isinstance(get_scheduler(name, optimizer, 1, 2), torch.optim.lr_scheduler.LambdaLR)
+        except (TypeError, ValueError):
+            return False
+
+    names = [kind.value for kind in SchedulerType]
+    if name not in names or not usable(name):
+        raise ValueError(f"lr_scheduler_type must be one of {', '.join(filter(usable, names))}; found {name!r}")
+
+
+def _frozen_source(config: TrainConfig, name: str) -> str:
+    return getattr(config, f"{name}_model") or config.model
+
+
+def _weak_tokenizer(config: TrainConfig, tokenizer: Any) -> Any | None:
+    """The weak models' tokenizer where its vocabulary is not the policy's, else None."""
+    sources = [source for name in FROZEN_MODELS[1:] if (source := getattr(config, f"{name}_model"))]
+    others = {source: load_tokenizer(source, config.trust_remote_code) for source in sources}
+    ref = load_tokenizer(config.ref_model, config.trust_remote_code) if config.ref_model else tokenizer
+    if ref.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"ref_model {config.ref_model} has another tokenizer than model {config.model}")
+    foreign = [source for source, other in others.items() if other.get_vocab() != tokenizer.get_vocab()]
+    if not foreign:
+        return None
+    if config.level == "token":
+        raise ValueError(
+            f"level token compares log-probs token by token, and {foreign[0]} has another tokenizer than "
+            f"{config.model}: use level sequence, which compares means over each response"
+        )
+    first = others[foreign[0]]
+    if len(others) < 2 or any(other.get_vocab() != first.get_vocab() for other in others.values()):
+        raise ValueError("weak_aligned_model and weak_ref_model must have one tokenizer, and both be given as models")
+    return first
+
+
+def _load_pairs(
+    config: TrainConfig,
+    source: str,
+    tokenizer: Any,
+    weak_tokenizer: Any | None,
+    responses: tuple[str, ...],
+    accelerator: Accelerator,
+) -> Pairs:
+    rows = load_preferences(source, config.dataset_split)
+    encoded, report = encode(rows, tokenizer, config.max_length, config.truncation_side, responses)
+    accelerator.print(f"{source}: {report}")
+    if weak_tokenizer is None:
+        return Pairs(encoded)
+    weak, report = encode(rows, weak_tokenizer, config.max_length, config.truncation_side, responses)
+    accelerator.print(f"{source} in the weak models' tokens: {report}")
+    shared = set(encoded["row"]) & set(weak["row"])
+    return Pairs(*(side.select([i for i, row in enumerate(side["row"]) if row in shared]) for side in (encoded, weak)))
+
+
+def _hold_out(config: TrainConfig, count: int) -> tuple[list[int], list[int]]:
+    """Positions of the pairs to train on, and of a seeded share to evaluate on where that is wanted."""
+    if config.test_split_size is None:
+        return list(range(count)), []
+    held_out = max(1, round(config.test_split_size * count))
+    if held_out == count:
+        raise ValueError(f"test_split_size {config.test_split_size} leaves none of {count} pairs for training")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(config.seed)).tolist()
+    return sorted(order[held_out:]), sorted(order[:held_out])
+
+
+def _build_policy(config: TrainConfig, resumed: Path | None) -> nn.Module:
+    """From the checkpoint's weights, or the starting model's with fresh adapters."""
+    start = str(resumed) if resumed is not None and not config.use_peft else config.model
+    model = load_model(start, config.dtype, config.trust_remote_code, config.attn_implementation)
+    for parameter in model.parameters():
+        # transformers maps weights from their file, at any alignment, and products round by alignment: a resumed run
+        # would differ in the last bit. Copies are aligned, and keep the file from being needed.
+        parameter.data = parameter.data.clone()
+    if config.disable_dropout:
+        _disable_dropout(model)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if not config.use_peft:
+        return model
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    if resumed is not None:
+        return PeftModel.from_pretrained(model, str(resumed), is_trainable=True)
+    lora = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=config.lora_target_modules or "all-linear",
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, lora)
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+def _build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        fused=True,  # one pass, and no temporaries of the parameters' size
+    )
+
+
+@contextlib.contextmanager
+def _stop_requests(enabled: bool) -> Iterator[list[int]]:
+    """A list that SIGINT or SIGTERM makes true, so that the step in progress can end; a second one kills."""
+    received: list[int] = []
+    if not enabled:
+        yield received
+        return
+
+    def receive(number: int, _: Any) -> None:
+        received.append(number)
+        for other, handler in previous.items():
+            signal.signal(other, handler)
+
+    previous = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _length(row: dict[str, Any]) -> int:
+    responses = [len(row[f"{name}_ids"]) for name in RESPONSES if f"{name}_ids" in row]
+    return len(row["prompt_ids"]) + max(responses)
+
+
+def _chunks(items: list[int], size: int) -> list[list[int]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def _postfix(values: dict[str, float]) -> str:
+    shown = {
+        "loss": "loss",
+        "rewards/margins": "margin",
+        "rewards/accuracies": "accuracy",
+        "wpo/weight": "weight",
+        "wpo/effective_sample_size": "ESS",
+        "wspo/residual": "residual",
+        "tokens_per_second": "tok/s",
+        "peak_memory_gib": "GiB",
+    }
+    return ", ".join(f"{label} {values[name]:.4g}" for name, label in shown.items() if name in values)
