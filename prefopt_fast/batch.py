@@ -7,11 +7,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
-from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
 import datasets
+import jinja2
 import pyarrow as pa
 import torch
 from torch import Tensor
@@ -29,7 +29,6 @@ _SHAREGPT_ROLES = {
     "function_call": "assistant",
     "observation": "tool",
 }
-_TOKENS = pa.list_(pa.int32())
 _ENCODE_ROWS = 256  # rows tokenized by one call of the tokenizer, which spreads them over its threads
 
 Message = dict[str, Any]
@@ -71,7 +70,7 @@ def load_preferences(source: str, split: str | None = None) -> datasets.Dataset:
 
 
 def hub_name(source: str) -> Mapping[str, str | None]:
-    """ "name" and "config" of a hub id; raises FileNotFoundError for what can only be a local path, and is not there."""
+    """A hub id's "name" and "config"; raises FileNotFoundError for what can only be a local path that is not there."""
     match = _HUB_ID.fullmatch(source)
     if match is None or source.startswith(".") or Path(source).suffix in _FILE_BUILDERS:
         raise FileNotFoundError(f"{source} does not exist (and is no hub id, which has the form [owner/]name)")
@@ -103,8 +102,8 @@ def normalize(row: Mapping[str, Any], index: int, responses: Sequence[str] = RES
     if missing := [name for name in names if row.get(name) is None]:
         found = ", ".join(sorted(name for name, value in row.items() if value is not None))
         raise ValueError(
-            f"row {index} has no {' and no '.join(missing)}: expected chosen and rejected beside prompt or conversations "
-            f"(or with the prompt as their common beginning), found {found or 'no field'}"
+            f"row {index} has no {' and no '.join(missing)}: expected chosen and rejected, beside prompt or "
+            f"conversations or with the prompt as their common beginning; found {found or 'no field'}"
         )
     fields: dict[str, Text] = {name: _text_or_messages(row[name], f"row {index}, {name}") for name in names}
     if implicit:
@@ -160,6 +159,8 @@ def _split_prompt(chosen: Text, rejected: Text, index: int) -> dict[str, Text]:
     # One unit at least stays a response, also where one of the two begins the other.
     shortest = min(len(chosen), len(rejected)) - 1
     cut = next((i for i in range(shortest) if chosen[i] != rejected[i]), max(shortest, 0))
+    if cut <= 0 and not isinstance(chosen, str):
+        raise ValueError(f"row {index} has no prompt, and its chosen and rejected begin with different messages")
     if isinstance(chosen, str) and cut > 0 and chosen[cut - 1] == " ":
         cut -= 1  # tokenizers keep a space with the word that follows it
     return {"prompt": chosen[:cut], "chosen": chosen[cut:], "rejected": rejected[cut:]}
@@ -237,8 +238,8 @@ def encode(
         raise ValueError(f"max_length must hold a prompt token and a response token, found {max_length}")
     if not responses or not set(responses) <= set(RESPONSES):
         raise ValueError(f"responses must be some of {', '.join(RESPONSES)}; found {responses!r}")
-    columns: dict[str, Any] = {"row": pa.int64(), "prompt_ids": _TOKENS} | {f"{name}_ids": _TOKENS for name in responses}
-    schema = pa.schema(list(columns.items()))
+    columns = ["row", "prompt_ids", *(f"{name}_ids" for name in responses)]
+    schema = pa.schema([("row", pa.int64()), *((name, pa.list_(pa.int32())) for name in columns[1:])])
     tables, counts = [], dict.fromkeys(("dropped", "prompts_cut", "responses_cut", "diverged", "longest", "tokens"), 0)
     for start in range(0, len(dataset), _ENCODE_ROWS):
         rows = range(start, min(start + _ENCODE_ROWS, len(dataset)))
@@ -280,13 +281,16 @@ def _render(fields: dict[str, Any], tokenizer: Any, row: int) -> tuple[bool, lis
         return False, [prompt, *(prompt + (text if text.endswith(eos) else text + eos) for text in responses)]
     if tokenizer.chat_template is None:
         raise ValueError(
-            f"row {row} holds messages, and the tokenizer has no chat template: set tokenizer.chat_template, or use text rows"
+            f"row {row} holds messages, and the tokenizer has no chat template: give it one, or use rows of text"
         )
     conversations = [(prompt, True), *((prompt + response, False) for response in responses)]
-    return True, [
-        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opening, **template_kwargs)
-        for messages, opening in conversations
-    ]
+    try:
+        return True, [
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opening, **template_kwargs)
+            for messages, opening in conversations
+        ]
+    except jinja2.TemplateError as error:
+        raise ValueError(f"row {row}: the chat template does not take these messages: {error}") from error
 
 
 def _tokenize(rendered: list[tuple[bool, list[str]]], tokenizer: Any) -> list[list[list[int]]]:
@@ -302,7 +306,8 @@ def _tokenize(rendered: list[tuple[bool, list[str]]], tokenizer: Any) -> list[li
 
 def _split_sequences(prompt: list[int], sequences: list[list[int]]) -> list[list[int]]:
     """The prompt shared by all sequences, and each sequence's remainder."""
-    length = len(commonprefix([prompt, *sequences]))
+    together = zip(prompt, *sequences, strict=False)
+    length = next((i for i, tokens in enumerate(together) if len(set(tokens)) > 1), min(map(len, (prompt, *sequences))))
     return [prompt[:length], *(ids[length:] for ids in sequences)]
 
 
@@ -334,7 +339,7 @@ class ResponseBatch:
     """S = len(responses) · B sequences, padded on the right: all chosen first, then all rejected.
 
     input_ids: (S, T) int64. attention_mask: (S, T) int64.
-    targets: (S, T) int64, the token predicted *at* each position where that is a response token, IGNORE_INDEX elsewhere.
+    targets: (S, T) int64, the token predicted *at* each position if that is a response token, else IGNORE_INDEX.
     positions: (N,) int64, indices of the scored positions in the flattened (S · T) layout, by sequence and time.
     cu_seqlens: (S + 1,) int64, offsets of the sequences in the N scored tokens.
     rows: (B,) int64, the ``row`` of each pair. responses: names, in the order of the sequences.
@@ -353,9 +358,7 @@ class ResponseBatch:
         return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
 
 
-def collate(
-    rows: list[dict[str, Any]], responses: Sequence[str] = RESPONSES, pad_token_id: int = 0
-) -> ResponseBatch:
+def collate(rows: list[dict[str, Any]], responses: Sequence[str] = RESPONSES, pad_token_id: int = 0) -> ResponseBatch:
     """A batch of rows as :func:`encode` makes them.
 
     Raises:

@@ -127,18 +127,31 @@ def verify_head(
         expected = model(input_ids=input_ids, use_cache=False).logits.double()
         hidden = hidden_states(model, input_ids, torch.ones_like(input_ids))
         head = LMHead.from_model(model)
-        x = nn.functional.linear(hidden, head.weight.to(hidden.dtype)).double()
-        x = x if head.bias is None else x + head.bias
-        scale, softcap = head.transform
-        found = scale * x if softcap is None else softcap * torch.tanh(scale * x / softcap)
-    # Each side rounds its inputs, its product and a few elementwise steps once: some units of the coarsest dtype.
-    dtype = min((hidden.dtype, head.weight.dtype, _compute_dtype(input_ids.device)), key=lambda d: -torch.finfo(d).eps)
-    difference, norm = float((found - expected).norm()), float(expected.norm())
-    if not difference <= 8 * torch.finfo(dtype).eps * norm:
+        logits = nn.functional.linear(hidden, head.weight.to(hidden.dtype)).double()
+    if head.bias is not None:
+        logits = logits + head.bias
+    scale, softcap = head.transform
+    logits = scale * logits if softcap is None else softcap * torch.tanh(scale * logits / softcap)
+    # Both sides round their operands, the product and a few elementwise steps in these dtypes; TF32 products in fp32.
+    epsilon = max(1e-4, torch.finfo(hidden.dtype).eps, torch.finfo(head.weight.dtype).eps)
+    difference, norm = float((logits - expected).norm()), float(expected.norm())
+    if not difference <= 8 * epsilon * norm:
         raise ValueError(
-            f"{type(model).__name__}: logits from its hidden states and head differ from its own by {difference / norm:.1e} "
-            f"of their norm; this family computes logits in a way that LMHead.from_model does not know"
+            f"{type(model).__name__}: logits from its hidden states and head differ by {difference:.2g} (norm) from "
+            f"its own, of norm {norm:.2g}: this family computes logits in a way that LMHead.from_model does not know"
         )
+
+
+@contextlib.contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode, and afterwards back in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def unpack(
@@ -160,15 +173,69 @@ def load_model(
     """A causal LM from a folder or hub id, safetensors only; from a folder with a PEFT adapter, its base with it.
 
     Raises:
-        FileNotFoundError: a local path that does not exist.
-        ValueError: weights in another format than safetensors.
+        FileNotFoundError: a local path that does not exist, or a hub id that cannot be reached.
+        ValueError: a folder without safetensors weights.
     """
+    from transformers import AutoModelForCausalLM
+
+    if is_adapter(source):
+        from peft import PeftConfig, PeftModel
+
+        require_safetensors(source)
+        base = PeftConfig.from_pretrained(source).base_model_name_or_path
+        return PeftModel.from_pretrained(load_model(base, dtype, trust_remote_code, attn_implementation), source)
+    with _explained(source):
+        return AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            attn_implementation=attn_implementation,
+        )
 
 
 def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a folder or hub id, with EOS as its padding token where it has none.
 
     Raises:
-        FileNotFoundError: a local path that does not exist.
+        FileNotFoundError: a local path that does not exist, or a hub id that cannot be reached.
         ValueError: neither a padding nor an EOS token.
     """
+    from transformers import AutoTokenizer
+
+    with _explained(source, weights=False):
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError(f"the tokenizer of {source} has neither a padding nor an EOS token")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def is_adapter(source: str) -> bool:
+    """Whether a local folder holds a PEFT adapter instead of a model."""
+    return (Path(source) / "adapter_config.json").is_file()
+
+
+def require_safetensors(folder: str | Path) -> list[Path]:
+    """The folder's weight files, sorted; raises ValueError where it has none in safetensors."""
+    if files := sorted(Path(folder).glob("*.safetensors")):
+        return files
+    raise ValueError(f"{folder} has no .safetensors file; weights in other formats are not loaded")
+
+
+@contextlib.contextmanager
+def _explained(source: str, weights: bool = True) -> Iterator[None]:
+    """Bad paths before any work, and transformers' OSError for an id it cannot find as what it most likely means."""
+    if Path(source).is_dir():
+        if weights:
+            require_safetensors(source)
+        yield
+        return
+    hub_name(source)
+    try:
+        yield
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{source} is no folder here, and could not be read from the Hugging Face hub: {error}"
+        ) from error
