@@ -106,11 +106,14 @@ _PANELS = (
         "weight, share of pairs",
         {"wpo/weight": "mean", "wpo/effective_sample_size": "effective sample size"},
     ),
-    ("Transferred log-ratio", "nats per token", {"wspo/log_ratio": "policy", "wspo/target": "weak pair"}),
+    ("Transferred log-ratio", "nats per token", {"wspo/log_ratio": "γ · policy", "wspo/target": "weak pair"}),
     ("WSPO residual", "nats per token", {"wspo/residual": "root mean square"}),
     ("Gradient norm", "before clipping", {"grad_norm": "norm"}),
     ("Learning rate", "", {"learning_rate": "learning rate"}),
 )
+
+
+_COLORS = ("#2f6db3", "#d1662e", "#3f9c6b")
 
 
 def draw_curves(output_dir: Path, title: str) -> Path:
@@ -143,7 +146,7 @@ def draw_curves(output_dir: Path, title: str) -> Path:
             rows, columns, figsize=(4.2 * columns, 2.9 * rows), squeeze=False, layout="constrained"
         )
         for axis, (heading, unit, curves) in zip(axes.flat, panels, strict=False):
-            for color, (name, label) in zip(("#2f6db3", "#d1662e", "#3f9c6b"), curves.items(), strict=False):
+            for color, (name, label) in zip(_COLORS, curves.items(), strict=False):
                 _draw(axis, lines, name, label, color)
             axis.set(title=heading, xlabel="step", ylabel=unit)
             axis.ticklabel_format(axis="y", scilimits=(-3, 4), useMathText=True)
@@ -187,5 +190,5 @@ def _draw(axis: Any, lines: list[dict[str, Any]], name: str, label: str, color: 
             color=color,
             markersize=4,
             markeredgecolor="white",
-            label=f"{label}, held out",
+            label="held out" if color == _COLORS[0] else None,
         )

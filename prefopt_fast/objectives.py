@@ -123,7 +123,7 @@ def wspo(
     transferred = frozen["weak_aligned"] - frozen["weak_ref"]
     metrics = {
         "wspo/residual": loss.detach().sqrt(),
-        "wspo/log_ratio": segment_sum(stats.logprobs.detach() - frozen["ref"], cu_seqlens) / chosen.length,
+        "wspo/log_ratio": gamma * segment_sum(stats.logprobs.detach() - frozen["ref"], cu_seqlens) / chosen.length,
         "wspo/target": segment_sum(transferred, cu_seqlens) / chosen.length,
         "logps/chosen": chosen.sum.detach(),
     }

@@ -216,12 +216,12 @@ class Loop:
         self.model.train()
         with _stop_requests(accelerator.num_processes == 1) as stop:
             for batch in self.plan.batches(self.step):
-                grad_norm = self._train_step(batch)
+                used = {"learning_rate": self.scheduler.get_last_lr()[0], "grad_norm": self._train_step(batch)}
                 self.step += 1
                 bar.update()
                 last = self.step == self.plan.steps
                 if last or self.step % config.logging_steps == 0:
-                    self._log(log, bar, grad_norm)
+                    self._log(log, bar, used)
                 if self.evaluation and (last or (config.eval_steps and self.step % config.eval_steps == 0)):
                     self._evaluate(log)
                 if not last and (stop or (config.save_steps and self.step % config.save_steps == 0)):
@@ -300,7 +300,7 @@ class Loop:
         if log is not None:
             log.write(self.step, {EVAL + name: value for name, value in means.items()})
 
-    def _log(self, log: MetricsLog | None, bar: tqdm, grad_norm: torch.Tensor) -> None:
+    def _log(self, log: MetricsLog | None, bar: tqdm, used: dict[str, Any]) -> None:
         means, tokens = self._means(self.sums)
         if not math.isfinite(means["loss"]):
             raise FloatingPointError(
@@ -309,8 +309,8 @@ class Loop:
         peak = max(gather_object([peak_memory()]))
         if log is not None:
             speed = {
-                "grad_norm": float(grad_norm),
-                "learning_rate": self.scheduler.get_last_lr()[0],
+                "grad_norm": float(used["grad_norm"]),
+                "learning_rate": used["learning_rate"],
                 "epoch": round(self.step / self.plan.steps_per_epoch, 6),
                 "tokens_per_second": round(tokens / self.seconds, 1),
                 "seconds": round(self.seconds, 3),
