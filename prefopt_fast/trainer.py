@@ -253,7 +253,7 @@ class Loop:
             self.response_model.seed = self.step * self.config.gradient_accumulation_steps + i
             sync = contextlib.nullcontext() if i == len(micro_batches) - 1 else accelerator.no_sync(self.model)
             with sync:
-                loss, metrics = self._forward(self.training, positions)
+                loss, metrics = self._forward(self.model, self.training, positions)
                 # DistributedDataParallel averages over processes, so this is the mean over the step's pairs.
                 accelerator.backward(loss.sum() * scale)
             if mine:
@@ -266,14 +266,16 @@ class Loop:
         self.seconds += time.perf_counter() - start
         return grad_norm
 
-    def _forward(self, split: Split, positions: list[int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _forward(
+        self, model: nn.Module, split: Split, positions: list[int]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss (B,) of the pairs at ``positions``, and their metrics: (B,) each, or sums over them."""
         rows = [split.encoded[position] for position in positions]
         batch = collate(rows, self.objective.responses, self.tokenizer.pad_token_id)
         device = self.accelerator.device
         frozen = {name: logprobs.packed(batch).to(device, non_blocking=True) for name, logprobs in split.frozen.items()}
         batch = batch.to(device)
-        stats, cu_seqlens = self.model(batch, self.objective.stats)
+        stats, cu_seqlens = model(batch, self.objective.stats)
         loss, metrics = self.objective.function(stats, cu_seqlens, frozen)
         metrics = {"loss": loss, **metrics, "pairs": torch.ones_like(loss), "tokens": batch.attention_mask.sum()}
         if (report := stats.grad_report) is not None and loss.requires_grad:
@@ -294,7 +296,8 @@ class Loop:
         sums = Sums()
         mine = self._share(list(range(len(self.evaluation.encoded))), self.evaluation.encoded)
         for positions in _chunks(mine, self.config.per_device_eval_batch_size):
-            sums.add(self._forward(self.evaluation, positions)[1])
+            # Not through DistributedDataParallel: processes may have different numbers of batches here.
+            sums.add(self._forward(self.response_model, self.evaluation, positions)[1])
         self.model.train()
         means, _ = self._means(sums)
         if log is not None:
@@ -392,8 +395,7 @@ def _accelerator(config: TrainConfig) -> Accelerator:
         bf16 = not config.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     accelerator = Accelerator(
         mixed_precision="bf16" if bf16 else "fp16" if config.fp16 else "no",
-        # No broadcast of buffers: forward passes are not the same number in every process.
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     kind = accelerator.distributed_type
     if kind not in (
@@ -494,7 +496,9 @@ def _build_policy(config: TrainConfig, resumed: Path | None) -> nn.Module:
     if config.disable_dropout:
         _disable_dropout(model)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # transformers 5.23 renames the method.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     if not config.use_peft:
         return model
     from peft import LoraConfig, PeftModel, get_peft_model

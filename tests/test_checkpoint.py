@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+
 from prefopt_fast import checkpoint
 
 
@@ -51,7 +52,14 @@ KILLS = [
     "options",
     [
         {"objective": "wpo", "gradient_accumulation_steps": 2, "per_device_train_batch_size": 1, "logging_steps": 3},
-        {"objective": "dpo", "use_peft": True, "lora_r": 2, "lora_dropout": 0.3, "test_split_size": 0.2, "eval_steps": 2},
+        {
+            "objective": "dpo",
+            "use_peft": True,
+            "lora_r": 2,
+            "lora_dropout": 0.3,
+            "test_split_size": 0.2,
+            "eval_steps": 2,
+        },
     ],
     ids=["full", "adapter"],
 )

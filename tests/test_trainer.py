@@ -1,0 +1,454 @@
+"""Training against float64 formulas from full logits, and against itself: batches, processes, stores, stops."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import signal
+import socket
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from conftest import relative_error
+from torch import Tensor
+
+from prefopt_fast import PAIRWISE_LOSSES, TokenStats, frozen, trainer
+from prefopt_fast.batch import TRUNCATION_SIDES, encode, load_preferences
+from prefopt_fast.config import OBJECTIVES, DataOptions, TrainConfig
+from prefopt_fast.objectives import make_objective
+from prefopt_fast.policy import load_model, load_tokenizer
+from prefopt_fast.trainer import BatchPlan, train
+
+# With an ε far above any gradient Adam's update is linear in the gradient, so that weights compare as gradients do
+# and not by the sign of their rounding.
+LINEAR_ADAM = {"adam_epsilon": 1e4, "learning_rate": 1e4, "max_grad_norm": 0.0}
+
+
+@pytest.fixture(autouse=True)
+def no_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than training here: only the test of the curves draws them."""
+    if "curves" not in request.node.name:
+        monkeypatch.setattr(trainer, "draw_curves", lambda output_dir, title: output_dir / "curves.png")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Paths of three models of one tokenizer, one of another, and of pairs."""
+    folder = tmp_path_factory.mktemp("inputs")
+    models = {name: tiny.make_model(folder / name, seed) for seed, name in enumerate(("model", "other", "third"))}
+    foreign = tiny.make_model(folder / "foreign", 3, by_character=True, hidden_size=8)
+    return models | {"foreign": foreign, "dataset": tiny.make_pairs(folder / "pairs.json", 10)}
+
+
+def run(inputs: dict[str, str], output: Path, **options: Any) -> list[dict[str, Any]]:
+    base = {"model": inputs["model"], "dataset": inputs["dataset"], "objective": "dpo", "save_steps": 0}
+    train(TrainConfig(**base | options, output_dir=str(output)))
+    return tiny.read_metrics(output)
+
+
+class Truth:
+    """Float64 statistics of responses from full logits, one unpadded sequence at a time."""
+
+    def __init__(self, source: str):
+        self.model = load_model(source).double().eval()
+
+    @torch.no_grad()
+    def __call__(self, row: dict[str, Any], response: str) -> tuple[Tensor, Tensor]:
+        """log π(y_t) and log Σ_v π(v)² at each of the response's tokens."""
+        prompt, answer = row["prompt_ids"], row[f"{response}_ids"]
+        logits = self.model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        log_probs = logits.log_softmax(-1)
+        return log_probs.gather(-1, torch.tensor(answer)[:, None])[:, 0], (2 * log_probs).logsumexp(-1)
+
+
+def first_rows(options: dict[str, Any], responses: tuple[str, ...] = ("chosen", "rejected")) -> list[dict[str, Any]]:
+    """The encoded rows of the first step."""
+    config = TrainConfig(**options, output_dir="")
+    tokenizer = load_tokenizer(config.model)
+    rows, _ = encode(load_preferences(config.dataset), tokenizer, config.max_length, config.truncation_side, responses)
+    first = next(BatchPlan.of(config, len(rows), 1).batches())
+    return [rows[position] for position in first]
+
+
+def wpo_truth(options: dict[str, Any], beta: float) -> dict[str, float]:
+    """WPO's first loss, with sampled alignment, and what goes into it."""
+    policy, ref = Truth(options["model"]), Truth(options["ref_model"])
+    losses, weights, margins = [], [], []
+    for row in first_rows(options):
+        margin, weight = 0.0, 1.0
+        for sign, response in ((1, "chosen"), (-1, "rejected")):
+            logprobs, log_sum_sq = policy(row, response)
+            margin += sign * beta * float((logprobs - ref(row, response)[0]).sum())
+            weight *= math.exp((logprobs - log_sum_sq).mean())
+        weight = min(weight, 1.0)
+        losses.append(weight * math.log1p(math.exp(-margin)))
+        weights.append(weight)
+        margins.append(margin)
+    count = len(losses)
+    return {
+        "loss": sum(losses) / count,
+        "wpo/weight": sum(weights) / count,
+        "wpo/effective_sample_size": sum(weights) ** 2 / sum(weight**2 for weight in weights) / count,
+        "rewards/margins": sum(margins) / count,
+    }
+
+
+def wspo_truth(options: dict[str, Any], gamma: float, level: str) -> float:
+    """WSPO's first loss."""
+    policy, ref = Truth(options["model"]), Truth(options["ref_model"])
+    aligned, weak = Truth(options["weak_aligned_model"]), Truth(options["weak_ref_model"])
+    losses = []
+    for row in first_rows(options, ("chosen",)):
+        strong = policy(row, "chosen")[0] - ref(row, "chosen")[0]
+        residual = gamma * strong - (aligned(row, "chosen")[0] - weak(row, "chosen")[0])
+        losses.append(float(residual.square().mean() if level == "token" else residual.mean() ** 2))
+    return sum(losses) / len(losses)
+
+
+def assert_close(found: dict[str, Any], expected: dict[str, float], tolerance: float) -> None:
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, rel=tolerance), name
+
+
+def test_wpo_first_step(inputs: dict[str, str], tmp_path: Path) -> None:
+    options = {"model": inputs["model"], "dataset": inputs["dataset"], "objective": "wpo", "ref_model": inputs["other"]}
+    options |= {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}
+    metrics = run(inputs, tmp_path / "out", **options, max_steps=1)
+    assert_close(metrics[0], wpo_truth(options, 0.1), 1e-5)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_wspo_first_step(inputs: dict[str, str], tmp_path: Path, level: str) -> None:
+    options = {"model": inputs["model"], "dataset": inputs["dataset"], "objective": "wspo", "level": level}
+    options |= {"ref_model": inputs["third"], "weak_aligned_model": inputs["other"], "weak_ref_model": inputs["model"]}
+    metrics = run(inputs, tmp_path / "out", **options, gamma=0.5, max_steps=1)
+    assert_close(metrics[0], {"loss": wspo_truth(options, 0.5, level)}, 1e-5)
+    if level == "sequence":
+        target, found = metrics[0]["wspo/target"], metrics[0]["wspo/log_ratio"]
+        assert metrics[0]["wspo/residual"] >= abs(target - found) - 1e-6
+
+
+def test_wspo_from_weak_models_of_another_tokenizer(inputs: dict[str, str], tmp_path: Path) -> None:
+    """At sequence level each side counts by its mean over its own tokens."""
+    other = tiny.make_model(tmp_path / "foreign-aligned", 4, by_character=True, hidden_size=8)
+    options = {"model": inputs["model"], "dataset": inputs["dataset"], "objective": "wspo", "level": "sequence"}
+    options |= {"ref_model": inputs["third"], "weak_aligned_model": other, "weak_ref_model": inputs["foreign"]}
+    metrics = run(inputs, tmp_path / "out", **options, gamma=0.5, max_steps=1)
+
+    policy, ref, aligned, weak = (
+        Truth(options[name]) for name in ("model", "ref_model", "weak_aligned_model", "weak_ref_model")
+    )
+    tokenizer = load_tokenizer(inputs["foreign"])
+    own, _ = encode(load_preferences(inputs["dataset"]), tokenizer, 1024, responses=("chosen",))
+    losses = []
+    for row in first_rows(options, ("chosen",)):
+        weak_row = own[row["row"]]
+        target = aligned(weak_row, "chosen")[0].mean() - weak(weak_row, "chosen")[0].mean()
+        strong = policy(row, "chosen")[0].mean() - ref(row, "chosen")[0].mean()
+        losses.append(float((0.5 * strong - target) ** 2))
+    assert_close(metrics[0], {"loss": sum(losses) / len(losses)}, 1e-5)
+
+    with pytest.raises(ValueError, match=r"another tokenizer than .*use level sequence"):
+        run(inputs, tmp_path / "token", **options | {"level": "token"})
+    assert not (tmp_path / "token").exists()
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective_has_a_gradient(objective: str) -> None:
+    weak = {"weak_aligned_model": "a", "weak_ref_model": "b"} if objective == "wspo" else {}
+    config = TrainConfig(model="m", dataset="d", output_dir="o", objective=objective, sft_weight=0.5, **weak)
+    made = make_objective(config)
+    sequences = len(made.responses) * 2
+    logprobs = (-torch.rand(sequences * 3)).requires_grad_()
+    mask = torch.ones_like(logprobs, dtype=torch.bool)
+    stats = TokenStats(logprobs, mask, log_sum_sq_probs=logprobs.detach() - 1)
+    logprobs_of = {name: -torch.rand(sequences * 3) for name in made.frozen}
+    loss, metrics = made.function(stats, torch.arange(0, sequences * 3 + 1, 3), logprobs_of)
+    loss.sum().backward()
+    assert loss.shape == (2,) and logprobs.grad is not None and bool((logprobs.grad[:6] != 0).all())
+    assert all(value.shape == (2,) and not value.requires_grad for value in metrics.values())
+
+
+def test_sft_term_is_the_chosen_nll_per_token(inputs: dict[str, str], tmp_path: Path) -> None:
+    plain = run(inputs, tmp_path / "plain", max_steps=1)
+    with_sft = run(inputs, tmp_path / "sft", max_steps=1, sft_weight=2.0)
+    rows = first_rows({"model": inputs["model"], "dataset": inputs["dataset"], "objective": "dpo"})
+    nll = sum(-float(Truth(inputs["model"])(row, "chosen")[0].mean()) for row in rows) / len(rows)
+    assert with_sft[0]["loss"] - plain[0]["loss"] == pytest.approx(2.0 * nll, rel=1e-5)
+
+
+def test_accumulation_changes_nothing(inputs: dict[str, str], tmp_path: Path) -> None:
+    """10 pairs in steps of 4: the last step has 2 pairs, one forward pass instead of two."""
+    options = {"objective": "wpo", "ref_model": inputs["other"], "num_train_epochs": 2.0} | LINEAR_ADAM
+    one = run(inputs, tmp_path / "one", per_device_train_batch_size=4, **options)
+    many = run(inputs, tmp_path / "many", per_device_train_batch_size=2, gradient_accumulation_steps=2, **options)
+    assert_same_run(tmp_path / "one", tmp_path / "many", Path(inputs["model"]))
+    assert len(one) == len(many) == 6 and one[2]["epoch"] == 1.0
+
+
+def assert_same_run(one: Path, other: Path, start: Path) -> None:
+    """Equal metrics, and equal updates of the weights, to fp32 rounding."""
+    for line, expected in zip(tiny.read_metrics(other), tiny.read_metrics(one), strict=True):
+        assert line == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    before, found, expected = (tiny.read_weights(folder) for folder in (start, other, one))
+    update = torch.cat([(expected[name] - before[name]).flatten() for name in before])
+    assert float(update.norm()) > 1e-2
+    assert relative_error(torch.cat([(found[name] - before[name]).flatten() for name in before]), update) < 1e-4
+
+
+def test_two_processes_compute_what_one_does(inputs: dict[str, str], tmp_path: Path) -> None:
+    """Steps of 4 pairs, 2 + 2 in two processes; the last of 9 pairs leaves the second process none."""
+    options = {"objective": "wpo", "ref_model": inputs["other"], "num_train_epochs": 1.0} | LINEAR_ADAM
+    options |= {"model": inputs["model"], "dataset": inputs["dataset"], "save_steps": 1, "save_total_limit": 1}
+    options |= {"gradient_accumulation_steps": 2, "test_split_size": 0.1, "max_length": 12}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tiny", "prefopt_fast.trainer", "peft", "matplotlib.pyplot"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    shared = options | {"output_dir": str(tmp_path / "two"), "per_device_train_batch_size": 1}
+    children = [
+        context.Process(
+            target=tiny.train_in_child, args=(shared, None, environment | {"RANK": rank, "LOCAL_RANK": rank})
+        )
+        for rank in ("0", "1")
+    ]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(120)
+        assert child.exitcode == 0
+    run(inputs, tmp_path / "one", **options | {"per_device_train_batch_size": 2})
+    assert_same_run(tmp_path / "one", tmp_path / "two", Path(inputs["model"]))
+    assert len(list((tmp_path / "two" / "checkpoint-2").glob("process-*.pt"))) == 2
+
+
+def test_plan_visits_every_pair_once_an_epoch() -> None:
+    config = TrainConfig(
+        model="m", dataset="d", output_dir="o", objective="dpo", per_device_train_batch_size=2, num_train_epochs=2.5
+    )
+    plan = BatchPlan.of(config, pairs=7, processes=2)
+    batches = list(plan.batches())
+    assert [len(batch) for batch in batches] == [4, 3, 4, 3, 4]
+    assert sorted(batches[0] + batches[1]) == sorted(batches[2] + batches[3]) == list(range(7))
+    assert batches[:2] != batches[2:4]
+    assert list(plan.batches(3)) == batches[3:]
+
+
+def test_evaluation_on_a_split_and_on_a_file(inputs: dict[str, str], tmp_path: Path) -> None:
+    lines = run(inputs, tmp_path / "split", test_split_size=0.3, eval_steps=2, max_steps=3, logging_steps=2)
+    assert [(line["step"], "eval_loss" in line) for line in lines] == [(2, False), (2, True), (3, False), (3, True)]
+    held_out = tiny.make_pairs(tmp_path / "held-out.json", 4, seed=1)
+    lines = run(inputs, tmp_path / "file", eval_dataset=held_out, max_steps=1, ref_model=inputs["other"])
+    pairs = first_rows(
+        {"model": inputs["model"], "dataset": held_out, "objective": "dpo", "per_device_train_batch_size": 4}
+    )
+    policy, ref = Truth(str(tmp_path / "file")), Truth(inputs["other"])
+    losses = []
+    for row in pairs:
+        chosen, rejected = ((policy(row, name)[0] - ref(row, name)[0]).sum() for name in ("chosen", "rejected"))
+        losses.append(float(-F.logsigmoid(0.1 * (chosen - rejected))))
+    assert lines[-1]["eval_loss"] == pytest.approx(sum(losses) / 4, rel=1e-5)
+
+
+def test_adapter_and_merged_model(inputs: dict[str, str], tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    lines = run(inputs, output, use_peft=True, lora_r=2, learning_rate=1e-2, max_steps=3, merge_adapter=True)
+    assert lines[0]["rewards/margins"] == pytest.approx(0.0, abs=1e-6)  # the base is the reference
+    assert json.loads((output / "adapter_config.json").read_text())["r"] == 2
+    ids = torch.arange(2, 12)[None]
+    with torch.no_grad():
+        adapted, merged, base = (
+            load_model(str(path))(ids).logits for path in (output, output / "merged", inputs["model"])
+        )
+    assert relative_error(merged, adapted) < 1e-5 < relative_error(base, adapted)
+    with pytest.raises(ValueError, match="is a PEFT adapter: merge it"):
+        run(inputs | {"model": str(output)}, tmp_path / "next")
+
+
+def test_gradient_checkpointing_and_low_precision(inputs: dict[str, str], tmp_path: Path) -> None:
+    plain = run(inputs, tmp_path / "plain", max_steps=2, learning_rate=1e-3)
+    recomputed = run(inputs, tmp_path / "recomputed", max_steps=2, learning_rate=1e-3, gradient_checkpointing=True)
+    half = run(inputs, tmp_path / "bf16", max_steps=2, learning_rate=1e-3, dtype="bfloat16")
+    assert recomputed == plain
+    assert half[0]["loss"] == pytest.approx(plain[0]["loss"], rel=0.02)
+    assert tiny.read_weights(tmp_path / "bf16")["model.norm.weight"].dtype == torch.bfloat16
+
+
+def test_stores_are_reused_and_given(inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from prefopt_fast.cli import main
+
+    store = str(tmp_path / "store")
+    assert main(["score", "--model", inputs["other"], "--dataset", inputs["dataset"], "--out", store]) == 0
+    expected = run(inputs, tmp_path / "model", ref_model=inputs["other"], logprobs_dir=str(tmp_path / "logprobs"))
+    loaded: list[str] = []
+
+    def record(source: str, *arguments: Any) -> Any:
+        loaded.append(source)
+        return load_model(source, *arguments)
+
+    monkeypatch.setattr(trainer, "load_model", record)
+    monkeypatch.setattr(frozen, "load_model", record)
+    again = run(inputs, tmp_path / "again", ref_model=inputs["other"], logprobs_dir=str(tmp_path / "logprobs"))
+    given = run(inputs, tmp_path / "given", ref_logprobs=store)
+    assert loaded == [inputs["model"]] * 2 and again == expected
+    for line, other in zip(given, expected, strict=True):
+        assert line == pytest.approx(other, rel=1e-5, abs=1e-6)
+
+    with pytest.raises(ValueError, match="was made from something else, it differs in data"):
+        run(
+            inputs | {"dataset": tiny.make_pairs(tmp_path / "other.json", 10, seed=5)},
+            tmp_path / "x",
+            ref_logprobs=store,
+        )
+    with pytest.raises(ValueError, match=r"differs in .*truncation"):
+        run(inputs, tmp_path / "x", ref_logprobs=store, max_length=512)
+    with pytest.raises(FileNotFoundError, match="holds no log-prob store"):
+        run(inputs, tmp_path / "x", ref_logprobs=str(tmp_path))
+    assert not (tmp_path / "x").exists()
+
+
+def test_policy_is_the_only_model_in_memory(
+    inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models: list[weakref.ref] = []
+
+    def record(*arguments: Any) -> Any:
+        assert not any(reference() for reference in models)
+        model = load_model(*arguments)
+        models.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(frozen, "load_model", record)
+    build = trainer._build_policy
+
+    def check(*arguments: Any) -> Any:
+        assert len(models) == 3 and not any(reference() for reference in models)
+        return build(*arguments)
+
+    monkeypatch.setattr(trainer, "_build_policy", check)
+    weak = {"weak_aligned_model": inputs["other"], "weak_ref_model": inputs["third"]}
+    run(inputs, tmp_path / "out", objective="wspo", max_steps=1, **weak)
+
+
+def test_same_run_again_says_it_is_finished(
+    inputs: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    lines = run(inputs, tmp_path / "out", max_steps=2)
+    assert run(inputs, tmp_path / "out", max_steps=2) == lines
+    assert "finished after 2 steps: nothing to do" in capsys.readouterr().out
+    before = sorted(path.name for path in (tmp_path / "out").iterdir())
+    with pytest.raises(ValueError, match=r"max_steps: 2 there, 3 now"):
+        run(inputs, tmp_path / "out", max_steps=3)
+    with pytest.raises(ValueError, match=r"holds another run, which differs in\n  model: "):
+        run(inputs | {"model": inputs["other"]}, tmp_path / "out", max_steps=2)
+    with pytest.raises(ValueError, match=r"differs in\n  data: "):
+        run(inputs | {"dataset": tiny.make_pairs(tmp_path / "p.json", 10, seed=5)}, tmp_path / "out", max_steps=2)
+    assert before == sorted(path.name for path in (tmp_path / "out").iterdir())
+
+
+def test_interrupt_leaves_a_checkpoint(inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"max_steps": 4, "learning_rate": 1e-3}
+    whole = run(inputs, tmp_path / "whole", **options)
+    step = trainer.Loop._train_step
+
+    def interrupted(loop: trainer.Loop, batch: list[int]) -> Tensor:
+        if loop.step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(loop, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Loop, "_train_step", interrupted)
+        with pytest.raises(trainer.Interrupted, match="stopped after step 2 of 4; the same command goes on"):
+            run(inputs, tmp_path / "out", **options)
+    assert (tmp_path / "out" / "checkpoint-2").is_dir()
+    assert run(inputs, tmp_path / "out", **options) == whole
+
+
+def test_nan_stops_the_run(inputs: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match="the loss is nan at step"):
+        run(inputs, tmp_path / "out", learning_rate=1e30, max_steps=3, max_grad_norm=0.0)
+
+
+def test_tensorboard_and_curves(inputs: dict[str, str], tmp_path: Path) -> None:
+    run(inputs, tmp_path / "out", max_steps=2, report_to="tensorboard")
+    assert list((tmp_path / "out" / "tensorboard").iterdir())
+    assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"objective": "ppo"}, r"objective must be one of wpo, wspo, dpo, .*; found 'ppo'"),
+        ({"objective": "wpo", "loss_type": "ppo"}, r"loss_type must be one of sigmoid, .*; found 'ppo'"),
+        ({"objective": "wpo", "alignment": "best"}, r"alignment must be one of sampled, greedy, none; found 'best'"),
+        ({"loss_type": "ipo"}, r"objective dpo makes no use of loss_type: .*name it as the objective"),
+        ({"gamma": 0.2}, r"objective dpo makes no use of gamma"),
+        ({"weak_ref_model": "m"}, r"objective dpo makes no use of weak_ref_model"),
+        ({"objective": "hinge", "label_smoothing": 0.1}, r"hinge makes no use of label_smoothing"),
+        ({"objective": "wspo", "beta": 0.2}, r"wspo makes no use of beta"),
+        ({"objective": "wspo", "weak_ref_model": "m"}, r"wspo needs weak_aligned_model or weak_aligned_logprobs"),
+        ({"objective": "simpo", "ref_model": "m"}, r"simpo is reference-free: leave out ref_model"),
+        ({"ref_model": "m", "ref_logprobs": "s"}, r"ref_model or ref_logprobs, not both"),
+        ({"eval_dataset": "d", "ref_logprobs": "s"}, r"eval_dataset needs ref_model"),
+        ({"max_steps": 0}, r"max_steps or num_train_epochs must be positive, found 0"),
+        ({"per_device_train_batch_size": 0}, r"per_device_train_batch_size must be at least 1, found 0"),
+        ({"warmup_ratio": 2.0}, r"warmup_ratio must be in \[0, 1\], found 2.0"),
+        ({"test_split_size": 1.0}, r"test_split_size must be in \(0, 1\)"),
+        ({"eval_steps": 5}, r"eval_steps needs eval_dataset or test_split_size"),
+        ({"grad_tolerance": "tight"}, r"grad_tolerance must be 'auto', a number in \[0, 1\).*found 'tight'"),
+        ({"bf16": True, "fp16": True}, r"bf16 or fp16, not both"),
+        ({"merge_adapter": True}, r"merge_adapter needs use_peft"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**{"model": "m", "dataset": "d", "output_dir": "o", "objective": "dpo"} | options)
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"beta": 0.0}, ValueError, "beta must be positive, found 0"),
+        ({"objective": "robust", "label_smoothing": 0.6}, ValueError, r"label_smoothing must be in \[0.0, 0.5\)"),
+        ({"lr_scheduler_type": "steep"}, ValueError, "lr_scheduler_type must be one of linear, cosine, .*'steep'"),
+        ({"model": "no/such/folder"}, FileNotFoundError, "no/such/folder"),
+        ({"ref_model": "no/such/folder"}, FileNotFoundError, "no/such/folder"),
+        ({"dataset": "pairs.csv.json"}, FileNotFoundError, "pairs.csv.json"),
+        ({"test_split_size": 0.99}, ValueError, "leaves none of 10 pairs for training"),
+    ],
+)
+def test_bad_input_leaves_nothing_behind(
+    inputs: dict[str, str], tmp_path: Path, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        run(inputs, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_choices_are_those_of_the_library() -> None:
+    assert set(PAIRWISE_LOSSES) < set(OBJECTIVES)
+    sides = DataOptions.__dataclass_fields__["truncation_side"].type
+    assert all(side in str(sides) for side in TRUNCATION_SIDES)
+
+
+def test_real_model_first_steps(real_model: str, real_data: str, tmp_path: Path) -> None:
+    """Loss and weights of WPO and WSPO on real text against float64 from full logits."""
+    common = {"dataset": real_data, "max_length": 256, "max_steps": 1, "save_steps": 0}
+    moved = common | {"model": real_model, "objective": "wpo", "learning_rate": 1e-4, "output_dir": str(tmp_path / "a")}
+    train(TrainConfig(**moved))
+    options = {"dataset": real_data, "max_length": 256, "model": str(tmp_path / "a"), "ref_model": real_model}
+    wpo = options | {"objective": "wpo"}
+    train(TrainConfig(**wpo, max_steps=1, save_steps=0, output_dir=str(tmp_path / "wpo")))
+    assert_close(tiny.read_metrics(tmp_path / "wpo")[0], wpo_truth(wpo, 0.1), 1e-4)
+    wspo = options | {"objective": "wspo", "weak_aligned_model": str(tmp_path / "a"), "weak_ref_model": real_model}
+    train(TrainConfig(**wspo, max_steps=1, save_steps=0, output_dir=str(tmp_path / "wspo")))
+    assert_close(tiny.read_metrics(tmp_path / "wspo")[0], {"loss": wspo_truth(wspo, 0.1, "token")}, 1e-4)
