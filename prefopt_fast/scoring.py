@@ -130,19 +130,6 @@ class LogprobStore:
         start, end = offsets[self._position[i] : self._position[i] + 2]
         return torch.from_numpy(values[start:end].copy())  # the map itself is read-only
 
-    def packed(self, batch: ResponseBatch) -> Tensor:
-        """(N,) float32 log-probs of a batch's response tokens, in the order of its positions and on its device.
-
-        Raises:
-            KeyError: a row or response that was not scored.
-            ValueError: a response of another length than was scored.
-        """
-        parts = [self[row, name] for name in batch.responses for row in batch.rows.tolist()]
-        lengths, expected = [len(part) for part in parts], batch.cu_seqlens.diff().tolist()
-        if lengths != expected:
-            raise ValueError(f"{self.path} has responses of {lengths} tokens where the batch has {expected}")
-        return torch.cat(parts).to(batch.cu_seqlens.device, non_blocking=True)
-
 
 def score(
     model: nn.Module,
@@ -180,7 +167,7 @@ def score(
     shards = _plan_shards(encoded, responses, batch_size)
     plan = {
         "key": asdict(key),
-        "settings": {"dtype": str(next(model.parameters()).dtype).removeprefix("torch."), "batch_size": batch_size},
+        "settings": {"dtype": _compute_dtype(model), "batch_size": batch_size},
         "responses": list(responses),
         "shards": len(shards),
     }
@@ -281,6 +268,13 @@ def _require_rows(file: Path, indices: list[int], encoded: datasets.Dataset, res
     )
     if not same:
         raise ValueError(f"{file} does not hold the rows that belong there: delete it and score again")
+
+
+def _compute_dtype(model: nn.Module) -> str:
+    parameter = next(model.parameters())
+    autocast = torch.is_autocast_enabled(parameter.device.type)
+    dtype = torch.get_autocast_dtype(parameter.device.type) if autocast else parameter.dtype
+    return str(dtype).removeprefix("torch.")
 
 
 def _shard_name(number: int) -> str:
