@@ -1,0 +1,284 @@
+"""Preference rows of every format → token ids → batches, against TRL's tokens where TRL has the same choice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import tiny
+import torch
+from conftest import DEVICE
+
+from prefopt_fast.batch import IGNORE_INDEX, TRUNCATION_SIDES, collate, encode, load_preferences, normalize
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'refused' %}{{ raise_exception('no such role') }}{% endif %}"
+    "{{ '<' + m['role'] + '> ' + m['content'] + ' <end> ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
+)
+MARKS = [f"<{role}>" for role in ("system", "user", "assistant", "tool", "end")]
+USER, ANSWER, WORSE = (
+    {"role": role, "content": text} for role, text in (("user", "w1"), ("assistant", "w2"), ("assistant", "w3"))
+)
+PAIR = {"prompt": "w1 w2 w3 w4 ", "chosen": "w5 w6 w7", "rejected": "w8 "}
+
+
+@pytest.fixture
+def tokenizer() -> Any:
+    tokenizer = tiny.make_tokenizer([*tiny.WORDS, *MARKS, "<bos>"])
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def encode_rows(rows: list[dict], tokenizer: Any, *args: Any, **kwargs: Any) -> tuple[list[dict], Any]:
+    encoded, report = encode(datasets.Dataset.from_list(rows), tokenizer, *args, **kwargs)
+    return list(encoded), report
+
+
+def words(tokenizer: Any, ids: list[int]) -> str:
+    return " ".join(tokenizer.convert_ids_to_tokens(ids))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [USER], "chosen": [ANSWER], "rejected": [WORSE]},
+        {"prompt": [USER], "chosen": ANSWER, "rejected": WORSE},
+        {"chosen": [USER, ANSWER], "rejected": [USER, WORSE]},
+        {"prompt": "w1", "chosen": [USER, ANSWER], "rejected": [USER, WORSE]},
+        {
+            "conversations": [{"from": "human", "value": "w1"}],
+            "chosen": {"from": "gpt", "value": "w2"},
+            "rejected": {"from": "gpt", "value": "w3"},
+        },
+        {"conversations": [{"from": "human", "value": "w1"}], "chosen": "w2", "rejected": "w3"},
+        {"prompt": [USER | {"tool_calls": None}], "chosen": [ANSWER], "rejected": [WORSE], "conversations": None},
+    ],
+    ids=["messages", "one message", "implicit", "prompt repeated", "sharegpt", "sharegpt text", "arrow's empty fields"],
+)
+def test_every_format_of_messages_is_one(row: dict) -> None:
+    assert normalize(row, 0) == {"prompt": [USER], "chosen": [ANSWER], "rejected": [WORSE], "template_kwargs": {}}
+
+
+def test_sharegpt_roles_system_and_tools() -> None:
+    turns = [("human", "a"), ("function_call", "b"), ("observation", "c")]
+    row = {
+        "conversations": [{"from": role, "value": text} for role, text in turns],
+        "system": "s",
+        "tools": '[{"name": "t"}]',
+        "chosen": "x",
+        "rejected": "y",
+    }
+    fields = normalize(row, 0)
+    assert [message["role"] for message in fields["prompt"]] == ["system", "user", "assistant", "tool"]
+    assert fields["template_kwargs"] == {"tools": [{"name": "t"}]}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "prompt"),
+    [("ab c", "ab d", "ab"), ("abc", "abd", "ab"), ("ab", "abcd", "a"), ("x", "y", ""), ("same", "same", "sam")],
+)
+def test_an_implicit_text_prompt_is_the_common_beginning(chosen: str, rejected: str, prompt: str) -> None:
+    fields = normalize({"chosen": chosen, "rejected": rejected}, 0)
+    assert fields["prompt"] == prompt
+    assert (prompt + fields["chosen"], prompt + fields["rejected"]) == (chosen, rejected)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "p", "chosen": "c"}, "row 7 has no rejected: .* found chosen, prompt"),
+        ({"text": "t"}, "row 7 has no chosen and no rejected: .* found text"),
+        ({"prompt": [USER], "chosen": "c", "rejected": "r"}, "row 7: .* found prompt messages, chosen text"),
+        (
+            {"prompt": [USER], "chosen": 3, "rejected": "r"},
+            "row 7, chosen: expected text or a list of messages, found 3",
+        ),
+        ({"prompt": [], "chosen": "c", "rejected": "r"}, r"row 7, prompt: .* found \[\]"),
+        ({"conversations": [{"from": "alien", "value": "v"}], "chosen": "c", "rejected": "r"}, "row 7, .*'alien'"),
+        ({"conversations": "text", "chosen": "c", "rejected": "r"}, "row 7, conversations: .* found text"),
+        ({"chosen": [ANSWER], "rejected": [WORSE]}, "row 7 has no prompt"),
+        ({"chosen": [ANSWER], "rejected": "r"}, "row 7: chosen and rejected must both be text or both messages"),
+    ],
+)
+def test_bad_rows_are_named(row: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        normalize(row, 7)
+
+
+def test_chosen_alone_needs_no_rejected(tokenizer: Any) -> None:
+    encoded, _ = encode_rows([{"prompt": "w1", "chosen": " w2"}], tokenizer, responses=("chosen",))
+    assert set(encoded[0]) == {"row", "prompt_ids", "chosen_ids"}
+
+
+def test_messages_go_through_the_template(tokenizer: Any) -> None:
+    encoded, report = encode_rows([{"prompt": [USER], "chosen": [ANSWER], "rejected": [WORSE]}], tokenizer)
+    assert words(tokenizer, encoded[0]["prompt_ids"]) == "<user> w1 <end> <assistant>"
+    assert words(tokenizer, encoded[0]["chosen_ids"]) == "w2 <end>"
+    assert words(tokenizer, encoded[0]["rejected_ids"]) == "w3 <end>"
+    assert (report.kept, report.diverged, report.longest, report.tokens) == (1, 0, 6, 4)
+
+
+def test_text_ends_in_one_eos(tokenizer: Any) -> None:
+    rows = [{"prompt": "w1 ", "chosen": "w2 ", "rejected": "w3 <eos>"}]
+    encoded, _ = encode_rows(rows, tokenizer)
+    assert [words(tokenizer, encoded[0][f"{name}_ids"]) for name in ("chosen", "rejected")] == ["w2 <eos>", "w3 <eos>"]
+
+
+def test_many_rows_keep_their_order(tokenizer: Any) -> None:
+    # More rows than one call of the tokenizer takes.
+    rows = [{"prompt": f"w{i % 30} ", "chosen": "w2 ", "rejected": "w3 "} for i in range(300)]
+    encoded, _ = encode_rows(rows, tokenizer)
+    assert [row["row"] for row in encoded] == list(range(300))
+    assert all(words(tokenizer, row["prompt_ids"]) == f"w{i % 30}" for i, row in enumerate(encoded))
+
+
+def test_a_prompt_that_changes_before_its_response_is_cut_and_counted(tokenizer: Any) -> None:
+    tokenizer.chat_template = TEMPLATE.replace("'<assistant> '", "'<assistant> <tool>'")  # in the prompt alone
+    encoded, report = encode_rows([{"prompt": [USER], "chosen": [ANSWER], "rejected": [WORSE]}], tokenizer)
+    assert words(tokenizer, encoded[0]["prompt_ids"]) == "<user> w1 <end> <assistant>"
+    assert report.diverged == 1 and "1 prompts tokenize differently" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("side", "max_length", "prompt", "chosen", "rejected"),
+    [
+        # Whole: prompt w1 w2 w3 w4, chosen w5 w6 w7 <eos>, rejected w8 <eos>.
+        ("prompt_start", 8, "w1 w2 w3 w4", "w5 w6 w7 <eos>", "w8 <eos>"),
+        ("prompt_start", 6, "w3 w4", "w5 w6 w7 <eos>", "w8 <eos>"),
+        ("prompt_start", 4, "w4", "w5 w6 w7", "w8 <eos>"),
+        ("sequence_start", 6, "w3 w4", "w5 w6 w7 <eos>", "w8 <eos>"),
+        ("sequence_start", 4, "w4", "w6 w7 <eos>", "w8 <eos>"),
+        ("sequence_end", 5, "w1 w2 w3 w4", "w5", "w8"),
+    ],
+)
+def test_truncation(side: str, max_length: int, prompt: str, chosen: str, rejected: str, tokenizer: Any) -> None:
+    encoded, report = encode_rows([PAIR], tokenizer, max_length, side)
+    row = encoded[0]
+    assert [words(tokenizer, row[f"{name}_ids"]) for name in ("prompt", "chosen", "rejected")] == [
+        prompt,
+        chosen,
+        rejected,
+    ]
+    assert report.prompts_cut == (prompt != "w1 w2 w3 w4")
+    assert report.responses_cut == (len(chosen + rejected) < len("w5 w6 w7 <eos>w8 <eos>"))
+    assert report.longest <= max_length
+
+
+def test_a_row_without_room_is_dropped_and_counted(tokenizer: Any) -> None:
+    encoded, report = encode_rows([PAIR, PAIR | {"prompt": "w1 "}], tokenizer, 4, "sequence_end")
+    assert [row["row"] for row in encoded] == [1]
+    assert (report.rows, report.kept, report.dropped) == (2, 1, 1) and "1 rows dropped" in str(report)
+    with pytest.raises(ValueError, match="no row keeps a response token"):
+        encode_rows([PAIR], tokenizer, 4, "sequence_end")
+
+
+def test_a_leading_bos_survives_and_stands_for_an_empty_prompt(tokenizer: Any) -> None:
+    tokenizer.bos_token = "<bos>"
+    encoded, report = encode_rows([PAIR | {"prompt": "<bos> w1 w2 w3 "}, PAIR | {"prompt": ""}], tokenizer, 6)
+    assert [words(tokenizer, row["prompt_ids"]) for row in encoded] == ["<bos> w3", "<bos>"]
+    assert report.prompts_cut == 1
+
+
+def test_trl_encodes_and_truncates_alike(tokenizer: Any) -> None:
+    pytest.importorskip("trl")
+    from trl import DPOConfig, DPOTrainer
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+    messages = [{"prompt": [USER], "chosen": [ANSWER], "rejected": [WORSE]}]
+    for rows, max_length in (([PAIR, PAIR | {"prompt": "w1 w2 w3 w4 w9 "}], 6), (messages, None), (messages, 5)):
+        encoded, _ = encode_rows(rows, tokenizer, max_length, "sequence_end")
+        config = DPOConfig(output_dir="unused", max_length=max_length, use_cpu=True, bf16=False)
+        prepare = DPOTrainer._prepare_dataset
+        holder = type("Holder", (), {"_tokenizer": tokenizer})()
+        theirs = prepare(holder, datasets.Dataset.from_list(rows), tokenizer, config, "train")
+        batch = DataCollatorForPreference(0, max_length, "keep_start")(list(theirs))
+        ours = collate(encoded, pad_token_id=0)
+        torch.testing.assert_close(ours.input_ids, batch["input_ids"])
+        torch.testing.assert_close(ours.targets[:, :-1] != IGNORE_INDEX, batch["completion_mask"][:, 1:].bool())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"truncation_side": "left"}, f"truncation_side must be one of {', '.join(TRUNCATION_SIDES)}; found 'left'"),
+        ({"max_length": 1}, "max_length must hold a prompt token and a response token, found 1"),
+        ({"responses": ("better",)}, "responses must be some of chosen, rejected; found .'better'"),
+    ],
+)
+def test_bad_arguments_of_encode(change: dict, message: str, tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match=message):
+        encode_rows([PAIR], tokenizer, **change)
+
+
+def test_templates_and_special_tokens_that_are_missing(tokenizer: Any) -> None:
+    row = {"prompt": [USER | {"role": "refused"}], "chosen": [ANSWER], "rejected": [WORSE]}
+    with pytest.raises(ValueError, match="row 0: the chat template does not take these messages: no such role"):
+        encode_rows([row], tokenizer)
+    tokenizer.chat_template = tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="row 0 holds messages, and the tokenizer has no chat template"):
+        encode_rows([row], tokenizer)
+    with pytest.raises(ValueError, match="EOS token, and this tokenizer has none"):
+        encode_rows([PAIR], tokenizer)
+
+
+def test_collate_shifts_targets_and_packs_positions() -> None:
+    rows = [
+        {"row": 4, "prompt_ids": [1, 2], "chosen_ids": [3, 4, 5], "rejected_ids": [6]},
+        {"row": 9, "prompt_ids": [7], "chosen_ids": [8], "rejected_ids": [9, 10]},
+    ]
+    batch = collate(rows, pad_token_id=99).to(DEVICE).to("cpu")
+    x = IGNORE_INDEX
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5], [7, 8, 99, 99, 99], [1, 2, 6, 99, 99], [7, 9, 10, 99, 99]]
+    assert batch.attention_mask.tolist() == [[1] * 5, [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 0, 0]]
+    assert batch.targets.tolist() == [[x, 3, 4, 5, x], [8, x, x, x, x], [x, 6, x, x, x], [9, 10, x, x, x]]
+    assert batch.targets.flatten()[batch.positions].tolist() == [3, 4, 5, 8, 6, 9, 10]
+    assert batch.cu_seqlens.tolist() == [0, 3, 4, 5, 7]
+    assert batch.rows.tolist() == [4, 9] and batch.responses == ("chosen", "rejected")
+    assert collate(rows, ("chosen",)).input_ids.shape == (2, 5)
+
+
+def test_collate_refuses_empty_responses_and_batches() -> None:
+    with pytest.raises(ValueError, match="row 3 has no token in rejected_ids"):
+        collate([{"row": 3, "prompt_ids": [1], "chosen_ids": [2], "rejected_ids": []}])
+    with pytest.raises(ValueError, match="at least one row"):
+        collate([])
+
+
+def test_load_every_kind_of_local_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = datasets.Dataset.from_list([PAIR, PAIR])
+    (tmp_path / "a.json").write_text(json.dumps(list(dataset)))
+    (tmp_path / "folder").mkdir()
+    dataset.to_json(str(tmp_path / "b.jsonl"))
+    dataset.to_parquet(str(tmp_path / "c.parquet"))
+    dataset.to_json(str(tmp_path / "folder" / "train.jsonl"))
+    dataset.save_to_disk(str(tmp_path / "saved"))
+    datasets.DatasetDict(train=dataset, test=dataset.select([0])).save_to_disk(str(tmp_path / "splits"))
+    for name in ("a.json", "b.jsonl", "c.parquet", "folder", "saved", "splits"):
+        assert list(load_preferences(str(tmp_path / name))) == list(dataset), name
+    assert len(load_preferences(str(tmp_path / "splits"), "test")) == 1
+    assert len(load_preferences(str(tmp_path / "a.json"), "train[:1]")) == 1
+    with pytest.raises(ValueError, match="has the splits train, test, not 'validation'"):
+        load_preferences(str(tmp_path / "splits"), "validation")
+
+
+def test_hub_ids_and_missing_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(*args: Any, **kwargs: Any) -> datasets.Dataset:
+        asked.append((args, kwargs))
+        return datasets.Dataset.from_list([PAIR])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    load_preferences("owner/name:config", "test")
+    load_preferences("owner/name")
+    assert asked == [(("owner/name", "config"), {"split": "test"}), (("owner/name", None), {"split": None})]
+    for missing in (str(tmp_path / "none"), "none.json", "./none", "a/b/c"):
+        with pytest.raises(FileNotFoundError, match="does not exist"):
+            load_preferences(missing)
+    (tmp_path / "pairs.csv").write_text("a")
+    with pytest.raises(ValueError, match=r"must end in .json, .jsonl, .parquet"):
+        load_preferences(str(tmp_path / "pairs.csv"))
