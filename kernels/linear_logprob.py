@@ -50,18 +50,8 @@ def _load_tile(source, row, column, n_rows, n_columns, ROWS: tl.constexpr, COLUM
 
 
 @triton.jit
-def _logits(
-    product,  # (BLOCK_N, BLOCK_V), fp32
-    bias,  # (V,) or None
-    columns,  # (BLOCK_V,)
-    n_columns,
-    scale,
-    softcap,
-    HAS_SOFTCAP: tl.constexpr,
-):
+def _logits(product, scale, softcap, HAS_SOFTCAP: tl.constexpr):
     """Base-2 logits: log₂e · softcap · tanh(scale · x / softcap), or log₂e · scale · x."""
-    if bias is not None:
-        product += tl.load(bias + columns, mask=columns < n_columns, other=0.0).to(tl.float32)[None, :]
     if HAS_SOFTCAP:
         # tanh(a) = 1 − 2 / (1 + e^(2a)): the exponential may overflow to inf or vanish, and both limits are right.
         inverse = 1.0 / (1.0 + tl.exp2(product * (2.0 * LOG2E * scale / softcap)))
@@ -84,6 +74,8 @@ def _forward_kernel(
     targets,  # (n,)
     partials,  # (2 + SUM_SQ + ENTROPY + SUM, splits, n), fp32
     target_logits,  # (n,), fp32
+    seed,  # (n,), fp32: a lower bound of the base-2 log-sum-exp, or None: no column sums are asked for
+    column_sq,  # (⌈n / BLOCK_N⌉, V), bf16: Σ_t p_tv² over a block's tokens, from above
     n_tokens,
     vocab_size,
     hidden_size,
@@ -112,6 +104,8 @@ def _forward_kernel(
     first_token = token_block * BLOCK_N
     tokens = first_token + tl.arange(0, BLOCK_N)
     target = tl.load(targets + tokens, mask=tokens < n_tokens, other=-1).to(tl.int32)
+    if seed is not None:
+        known = tl.load(seed + tokens, mask=tokens < n_tokens, other=float("inf"))
 
     maximum = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)  # Σ 2^(z−m)
@@ -130,7 +124,9 @@ def _forward_kernel(
             product = tl.dot(h, w.T, product, input_precision=PRECISION)
 
         columns = column + tl.arange(0, BLOCK_V)
-        logits = _logits(product, bias, columns, vocab_size, scale, softcap, HAS_SOFTCAP)
+        if bias is not None:
+            product += tl.load(bias + columns, mask=columns < vocab_size, other=0.0).to(tl.float32)[None, :]
+        logits = _logits(product, scale, softcap, HAS_SOFTCAP)
         if SUM:
             logit_sum += tl.sum(tl.where((columns < vocab_size)[None, :], logits, 0.0), 1)
         logits = tl.where((columns < vocab_size)[None, :], logits, float("-inf"))
@@ -150,6 +146,11 @@ def _forward_kernel(
         if SUM_SQ:
             total_sq = total_sq * rescale * rescale + tl.sum(exp * exp, 1)
         maximum = new_maximum
+        if seed is not None:
+            # p = 2^(z − LSE) with the larger of two lower bounds in the LSE's place: never too small.
+            probs = exp * tl.minimum(tl.exp2(maximum - known), 1.0 / total)[:, None]
+            slot = column_sq + tl.cast(token_block, tl.int64) * vocab_size + columns
+            tl.store(slot, tl.sum(probs * probs, 0).to(tl.bfloat16), mask=columns < vocab_size)
 
     stride = tl.cast(n_splits, tl.int64) * n_tokens
     slot = partials + tl.cast(split, tl.int64) * n_tokens + tokens
@@ -237,19 +238,49 @@ def _combine_kernel(
         tl.store(values + LOGSUMEXP * n_rows + out, lse, mask=scored)
 
 
+@triton.jit
+def _grad_of_product(
+    product,  # (BLOCK_V, BLOCK_N), fp32
+    ids,  # (BLOCK_V,), vocabulary entries
+    token_factors,  # (3, n), fp32: see _token_factors
+    tokens,  # (BLOCK_N,)
+    targets,  # (n,)
+    n_tokens,
+    bias,  # (V,) or None
+    vocab_size,
+    scale,
+    softcap,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """(∂loss/∂x)ᵀ of a tile from recomputed xᵀ = weight @ hiddenᵀ: ∂logp/∂z_v = [v = y] − p_v."""
+    inside = tokens < n_tokens
+    target = tl.load(targets + tokens, mask=inside, other=-1).to(tl.int32)
+    lse = tl.load(token_factors + tokens, mask=inside, other=float("inf"))
+    factor = tl.load(token_factors + n_tokens + tokens, mask=inside, other=0.0)
+    at_target = tl.load(token_factors + 2 * n_tokens + tokens, mask=inside, other=0.0)
+    if bias is not None:
+        product += tl.load(bias + ids, mask=ids < vocab_size, other=0.0).to(tl.float32)[:, None]
+    logits = _logits(product, scale, softcap, HAS_SOFTCAP)
+    grad = tl.exp2(logits - lse[None, :]) * factor[None, :]
+    grad = tl.where(ids[:, None] == target[None, :], at_target[None, :], grad)
+    if HAS_SOFTCAP:
+        # d cap·tanh(x/cap) / dx = 1 − (z/cap)²
+        ratio = logits * (1.0 / (softcap * LOG2E))
+        grad *= 1.0 - ratio * ratio
+    return grad
+
+
 @triton.jit(do_not_specialize=_VARYING)
 def _grad_logits_kernel(
     hidden,  # (n, H): descriptor or pointer
-    weight,  # (columns, H), rows of the head's weight: descriptor or pointer
-    bias,  # (columns,) or None
-    ids,  # (columns,), the vocabulary entry of each row of weight, or None: first_id, first_id + 1, …
+    weight,  # (columns, H), a range of the head's rows: descriptor or pointer
+    bias,  # (V,) or None
     targets,  # (n,)
-    logsumexp,  # (n,), fp32, in nats
-    upstream,  # (n,), fp32: −scale · ∂loss/∂logprob
-    at_target,  # (n,), fp32: scale · ∂loss/∂logprob · (1 − p(target))
-    grad_logits,  # (n, columns), rows apart by grad_stride: descriptor or pointer
+    token_factors,  # (3, n), fp32
+    grad_logits,  # (columns, n), rows apart by grad_stride: descriptor or pointer
     n_tokens,
     n_columns,
+    vocab_size,
     hidden_size,
     grad_stride,
     first_id,
@@ -263,49 +294,57 @@ def _grad_logits_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """∂loss/∂x of a tile, x = hidden @ weightᵀ + bias, from recomputed logits: ∂logp/∂z_v = [v = y] − p_v."""
-    program = tl.program_id(0)
-    group_programs = GROUP * tl.cdiv(n_columns, BLOCK_V)
-    first_block = program // group_programs * GROUP
-    group_blocks = min(tl.cdiv(n_tokens, BLOCK_N) - first_block, GROUP)
-    first_token = (first_block + program % group_programs % group_blocks) * BLOCK_N
-    column = program % group_programs // group_blocks * BLOCK_V
+    """(∂loss/∂x)ᵀ for a range of the vocabulary; as many programs as the device runs at once share the tiles."""
+    token_blocks = tl.cdiv(n_tokens, BLOCK_N)
+    column_blocks = tl.cdiv(n_columns, BLOCK_V)
+    for tile in tl.range(tl.program_id(0), token_blocks * column_blocks, tl.num_programs(0)):
+        group_tiles = GROUP * column_blocks
+        first_block = tile // group_tiles * GROUP
+        group_blocks = min(token_blocks - first_block, GROUP)
+        first_token = (first_block + tile % group_tiles % group_blocks) * BLOCK_N
+        column = tile % group_tiles // group_blocks * BLOCK_V
 
-    product = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
-    for k in tl.range(0, hidden_size, BLOCK_H):
-        h = _load_tile(hidden, first_token, k, n_tokens, hidden_size, BLOCK_N, BLOCK_H, TMA)
-        w = _load_tile(weight, column, k, n_columns, hidden_size, BLOCK_V, BLOCK_H, TMA)
-        product = tl.dot(h, w.T, product, input_precision=PRECISION)
+        product = tl.zeros((BLOCK_V, BLOCK_N), tl.float32)
+        for k in tl.range(0, hidden_size, BLOCK_H):
+            w = _load_tile(weight, column, k, n_columns, hidden_size, BLOCK_V, BLOCK_H, TMA)
+            h = _load_tile(hidden, first_token, k, n_tokens, hidden_size, BLOCK_N, BLOCK_H, TMA)
+            product = tl.dot(w, h.T, product, input_precision=PRECISION)
 
-    tokens = first_token + tl.arange(0, BLOCK_N)
-    columns = column + tl.arange(0, BLOCK_V)
-    scored = tokens < n_tokens
-    target = tl.load(targets + tokens, mask=scored, other=-1).to(tl.int32)
-    lse = tl.load(logsumexp + tokens, mask=scored, other=float("inf"))
-    factor = tl.load(upstream + tokens, mask=scored, other=0.0)
-    hit_value = tl.load(at_target + tokens, mask=scored, other=0.0)
-    vocabulary_ids = first_id + columns
-    if ids is not None:
-        vocabulary_ids = tl.load(ids + columns, mask=columns < n_columns, other=-2)
+        tokens = first_token + tl.arange(0, BLOCK_N)
+        columns = column + tl.arange(0, BLOCK_V)
+        grad = _grad_of_product(
+            product,
+            first_id + columns,
+            token_factors,
+            tokens,
+            targets,
+            n_tokens,
+            bias,
+            vocab_size,
+            scale,
+            softcap,
+            HAS_SOFTCAP,
+        )
+        if TMA:
+            grad_logits.store([column, first_token], grad.to(grad_logits.dtype))
+        else:
+            offsets = columns[:, None].to(tl.int64) * grad_stride + tokens[None, :]
+            inside = (columns < n_columns)[:, None] & (tokens < n_tokens)[None, :]
+            tl.store(grad_logits + offsets, grad.to(grad_logits.dtype.element_ty), mask=inside)
 
-    logits = _logits(product, bias, columns, n_columns, scale, softcap, HAS_SOFTCAP)
-    grad = tl.exp2(logits - (lse * LOG2E)[:, None]) * factor[:, None]
-    grad = tl.where(vocabulary_ids[None, :] == target[:, None], hit_value[:, None], grad)
-    if HAS_SOFTCAP:
-        # d cap·tanh(x/cap) / dx = 1 − (z/cap)²
-        ratio = logits * (1.0 / (softcap * LOG2E))
-        grad *= 1.0 - ratio * ratio
-    if TMA:
-        grad_logits.store([first_token, column], grad.to(grad_logits.dtype))
-    else:
-        offsets = tokens[:, None].to(tl.int64) * grad_stride + columns[None, :]
-        inside = scored[:, None] & (columns < n_columns)[None, :]
-        tl.store(grad_logits + offsets, grad.to(grad_logits.dtype.element_ty), mask=inside)
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _resident_programs(config: configs.Config, device: torch.device) -> int:
+    """How many programs run at once: two to a multiprocessor where tiles are small enough for their registers."""
+    return _processors(device) * (2 if config.num_warps <= 4 else 1)
 
 
 def _splits(n_tokens: int, vocab_size: int, config: configs.Config, device: torch.device) -> tuple[int, int]:
     """(splits, tiles per split): enough programs for MIN_WAVES waves, at most MAX_SPLITS splits."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    processors = _processors(device)
     tiles = triton.cdiv(vocab_size, config.block_v)
     blocks = triton.cdiv(n_tokens, config.block_n)
     wanted = min(MAX_SPLITS, tiles, triton.cdiv(MIN_WAVES * processors, blocks))
@@ -338,9 +377,11 @@ def forward_partials(
     bias: Tensor | None,  # (V,)
     targets: Tensor,  # (n,)
     transform: tuple[float, float | None],
-    stats: tuple[str, ...],
-) -> tuple[Tensor, Tensor]:
-    """What each split knows of each token, (quantities, splits, n), and the targets' base-2 logits, (n,)."""
+    stats: tuple[str, ...] = (),
+    seed: Tensor | None = None,  # (n,)
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What each split knows of each token, (quantities, splits, n), the targets' base-2 logits, (n,), and with a
+    ``seed`` (a lower bound of each token's base-2 log-sum-exp) the column sums, (blocks, V)."""
     (n_tokens, hidden_size), vocab_size = hidden.shape, weight.shape[0]
     scale, softcap = transform
     config = configs.lookup("forward", configs.architecture(hidden.device), hidden.dtype, hidden_size)
@@ -352,14 +393,18 @@ def forward_partials(
     }
     partials = hidden.new_empty(2 + sum(quantities.values()), n_splits, n_tokens, dtype=torch.float32)
     target_logits = hidden.new_empty(n_tokens, dtype=torch.float32)
+    n_blocks = triton.cdiv(n_tokens, config.block_n)
+    column_sq = None if seed is None else hidden.new_empty(n_blocks, vocab_size, dtype=torch.bfloat16)
     tma = _tma_available(hidden, weight)
-    _forward_kernel[(triton.cdiv(n_tokens, config.block_n) * n_splits,)](
+    _forward_kernel[(n_blocks * n_splits,)](
         _operand(hidden, [config.block_n, config.block_h], tma),
         _operand(weight, [config.block_v, config.block_h], tma),
         bias,
         targets,
         partials,
         target_logits,
+        seed,
+        column_sq,
         n_tokens,
         vocab_size,
         hidden_size,
@@ -378,7 +423,7 @@ def forward_partials(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return partials, target_logits
+    return partials, target_logits, column_sq
 
 
 def scored_rows(
@@ -415,7 +460,7 @@ def _forward_op(
     values = logprobs.new_zeros(len(names), n_rows)
     scored, scored_targets, rows = scored_rows(hidden, targets, ignore_index)
     if n_tokens := len(scored):
-        partials, target_logits = forward_partials(
+        partials, target_logits, _ = forward_partials(
             scored, weight.contiguous(), bias, scored_targets, (scale, softcap), names
         )
         n_splits = partials.shape[1]
@@ -455,33 +500,36 @@ def _(
     return logprobs, torch.empty_like(logprobs), logprobs.new_empty(n_stats, *targets.shape)
 
 
-def grad_logits(
+def _grad_logits(
     hidden: Tensor,  # (n, H)
-    weight: Tensor,  # (columns, H)
-    bias: Tensor | None,  # (columns,)
-    ids: Tensor | None,  # (columns,)
-    first_id: int,
-    token_factors: tuple[Tensor, Tensor, Tensor, Tensor],
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    targets: Tensor,  # (n,)
+    token_factors: Tensor,  # (3, n)
     transform: tuple[float, float | None],
-    out: Tensor,  # (n, columns), rows may lie apart
+    columns: slice,
+    out: Tensor,  # (columns, n), rows may lie apart
 ) -> None:
-    """Write ∂loss/∂(hidden @ weightᵀ + bias) for some of the vocabulary; token_factors are _grad_logits_kernel's."""
-    (n_tokens, hidden_size), n_columns = hidden.shape, weight.shape[0]
+    """Write (∂loss/∂(hidden @ weightᵀ + bias))ᵀ for a range of the vocabulary."""
+    n_tokens, hidden_size = hidden.shape
     scale, softcap = transform
     config = configs.lookup("grad_logits", configs.architecture(hidden.device), hidden.dtype, hidden_size)
-    tma = _tma_available(hidden, weight)
-    _grad_logits_kernel[(triton.cdiv(n_tokens, config.block_n) * triton.cdiv(n_columns, config.block_v),)](
+    weight_part = weight[columns]
+    tma = _tma_available(hidden, weight_part)
+    n_tiles = triton.cdiv(n_tokens, config.block_n) * triton.cdiv(len(out), config.block_v)
+    _grad_logits_kernel[(min(n_tiles, _resident_programs(config, hidden.device)),)](
         _operand(hidden, [config.block_n, config.block_h], tma),
-        _operand(weight, [config.block_v, config.block_h], tma),
+        _operand(weight_part, [config.block_v, config.block_h], tma),
         bias,
-        ids,
-        *token_factors,
-        _operand(out, [config.block_n, config.block_v], tma),
+        targets,
+        token_factors,
+        _operand(out, [config.block_v, config.block_n], tma),
         n_tokens,
-        n_columns,
+        len(out),
+        weight.shape[0],
         hidden_size,
         out.stride(0),
-        first_id,
+        columns.start,
         scale,
         softcap or 0.0,
         HAS_SOFTCAP=softcap is not None,
@@ -530,37 +578,27 @@ def _backward_op(
         grad, logprobs, logsumexp = grad[rows], logprobs[rows], logsumexp[rows]
     # fp16 has no range for p · ∂loss/∂logp, so there the upstream gradient is brought to at most 1 and put back later.
     unit = grad.abs().amax().clamp_min(torch.finfo(grad.dtype).tiny) if hidden.dtype == torch.float16 else None
-    upstream = scale * (grad if unit is None else grad / unit)
-    # The target's own 1 − p as −expm1(logp): as p → 1 the difference of two rounded numbers has no digit left.
-    token_factors = (scored_targets, logsumexp, -upstream, upstream * -torch.expm1(logprobs))
+    token_factors = _token_factors(grad if unit is None else grad / unit, logprobs, logsumexp, scale)
 
     weight = weight.contiguous()
-    width = max(256, WORKSPACE_BYTES // (n_tokens * hidden.element_size()) // 256 * 256)
-    workspace = hidden.new_empty(n_tokens, min(width, triton.cdiv(vocab_size, 256) * 256))
+    stride = triton.cdiv(n_tokens, 16) * 16  # rows of whole 16 bytes
+    width = max(256, WORKSPACE_BYTES // (stride * hidden.element_size()) // 256 * 256)
+    workspace = hidden.new_empty(min(width, vocab_size), stride)
     dscored = hidden.new_zeros(scored.shape, dtype=torch.float32) if need_hidden else None
     for first in range(0, vocab_size, width):
-        part = slice(first, min(first + width, vocab_size))
-        g = workspace[:, : part.stop - first]
-        grad_logits(
-            scored,
-            weight[part],
-            None if bias is None else bias[part],
-            None,
-            first,
-            token_factors,
-            (scale, softcap),
-            g,
-        )
+        columns = slice(first, min(first + width, vocab_size))
+        g = workspace[: columns.stop - first, :n_tokens]
+        _grad_logits(scored, weight, bias, scored_targets, token_factors, (scale, softcap), columns, g)
         if dscored is not None:
-            _accumulate_product(dscored, g, weight[part])
+            _accumulate_product(dscored, g.T, weight[columns])
         if need_weight:
             if unit is None:
-                torch.mm(g.T, scored, out=dweight[part])
+                torch.mm(g, scored, out=dweight[columns])
             else:
-                dweight[part] = _product(g.T, scored) * unit
+                dweight[columns] = _product(g, scored) * unit
         if need_bias:
-            total = g.sum(0, dtype=torch.float32)
-            dbias[part] = total if unit is None else total * unit
+            total = g.sum(1, dtype=torch.float32)
+            dbias[columns] = total if unit is None else total * unit
 
     if dscored is None:
         return hidden.new_empty(0), dweight, dbias
@@ -568,6 +606,12 @@ def _backward_op(
         dscored *= unit
     dhidden = dscored.to(hidden.dtype)
     return dhidden if rows is None else torch.zeros_like(hidden).index_copy_(0, rows, dhidden), dweight, dbias
+
+
+def _token_factors(grad: Tensor, logprobs: Tensor, logsumexp: Tensor, scale: float) -> Tensor:
+    """(3, n): log₂ Σ 2^z, what multiplies p_v in ∂loss/∂x_v for v ≠ y, and ∂loss/∂x_y (before a soft-cap's slope)."""
+    # The target's own 1 − p as −expm1(logp): as p → 1 the difference of two rounded numbers has no digit left.
+    return torch.stack([logsumexp * math.log2(math.e), -scale * grad, -scale * grad * torch.expm1(logprobs)])
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
@@ -678,6 +722,8 @@ def aot_signatures(arch: str) -> Iterator[Specialization]:
                 },
                 {
                     "bias": None,
+                    "seed": None,
+                    "column_sq": None,
                     "HAS_SOFTCAP": False,
                     "SUM_SQ": True,
                     "ENTROPY": False,
