@@ -68,10 +68,11 @@ class LMHead:
         """Read weight, bias, soft-cap and scale from a transformers causal LM, through PEFT and wrapper modules.
 
         The weight is the model's own parameter, so tied embeddings stay tied. A LoRA adapter on the head itself
-        contributes its (differentiable) delta, which costs one (V, H) tensor per call.
+        contributes its (differentiable) delta, which costs one (V, H) tensor per call; its dropout is not applied.
 
         Raises:
-            ValueError: the model has no output embedding, or one that is quantized or not a linear map.
+            ValueError: the model has no output embedding, or one that is quantized, not a linear map, or adapted by
+                anything but plain LoRA.
         """
         while hasattr(model, "module") and not hasattr(model, "get_output_embeddings"):
             model = model.module  # DistributedDataParallel and its like
@@ -92,12 +93,17 @@ class LMHead:
 
 def _effective_weight(layer: Any) -> tuple[Tensor, Tensor | None]:
     if hasattr(layer, "modules_to_save"):  # peft: a trained copy stands in for the original
-        name = layer.active_adapter if isinstance(layer.active_adapter, str) else layer.active_adapters[0]
-        layer = layer.modules_to_save[name]
+        names = [layer.active_adapter] if isinstance(layer.active_adapter, str) else layer.active_adapters
+        layer = layer.original_module if layer.disable_adapters or not names else layer.modules_to_save[names[0]]
     if hasattr(layer, "base_layer"):  # peft: LoRA on the head
         weight, bias = _effective_weight(layer.base_layer)
         if not layer.disable_adapters and not layer.merged:
             for name in layer.active_adapters:
+                if not hasattr(layer, "lora_A") or name in getattr(layer, "lora_variant", ()):
+                    raise ValueError(
+                        f"adapter {name!r} on the output embedding is not plain LoRA ({type(layer).__name__}, or a "
+                        "variant such as DoRA): merge it first, or keep it off the head"
+                    )
                 if name in layer.lora_A:
                     weight = weight + layer.get_delta_weight(name).to(weight.dtype)
         return weight, bias

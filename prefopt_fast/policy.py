@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -121,7 +122,7 @@ def verify_head(
     instead of trained on wrong numbers.
 
     Raises:
-        ValueError: logits that differ by more than rounding.
+        ValueError: logits that differ by more than rounding, or are not finite.
     """
     with _evaluation(model):
         expected = model(input_ids=input_ids, use_cache=False).logits.double()
@@ -132,9 +133,14 @@ def verify_head(
         logits = logits + head.bias
     scale, softcap = head.transform
     logits = scale * logits if softcap is None else softcap * torch.tanh(scale * logits / softcap)
-    # Both sides round their operands, the product and a few elementwise steps in these dtypes; TF32 products in fp32.
-    epsilon = max(1e-4, torch.finfo(hidden.dtype).eps, torch.finfo(head.weight.dtype).eps)
+    # Both sides round operands, product and a few elementwise steps in the coarsest of these; float32 may be TF32.
+    dtypes = {hidden.dtype, head.weight.dtype}
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtypes.add(torch.get_autocast_dtype(hidden.device.type))
+    epsilon = max(1e-4, *(torch.finfo(dtype).eps for dtype in dtypes))
     difference, norm = float((logits - expected).norm()), float(expected.norm())
+    if not math.isfinite(norm):
+        raise ValueError(f"{type(model).__name__} computes logits that are not finite: are its weights?")
     if not difference <= 8 * epsilon * norm:
         raise ValueError(
             f"{type(model).__name__}: logits from its hidden states and head differ by {difference:.2g} (norm) from "
