@@ -155,7 +155,7 @@ def product(problem: Problem) -> None:
 PRODUCT = Peer("bare product", product, "forward only: the floor")
 FAST_TOLERANCE = 2.0**-8
 _COMPILED = "compiled for these shapes"
-_PEERS = (
+OTHERS = (
     Peer("full logits", full_logits, "autograd"),
     Peer("full logits, torch.compile", full_logits_compiled, _COMPILED, compiled=True),
     Peer("F.linear_cross_entropy", linear_cross_entropy, 'reduction="none", default LinearCrossEntropyOptions'),
@@ -184,7 +184,7 @@ def our_peers(device: str | torch.device, tolerance: float = FAST_TOLERANCE) -> 
 
 def all_peers(device: str | torch.device) -> list[Peer]:
     """Ours, everybody else's, and the floor."""
-    return [*our_peers(device), *_PEERS, PRODUCT]
+    return [*our_peers(device), *OTHERS, PRODUCT]
 
 
 def format_tolerance(tolerance: float) -> str:

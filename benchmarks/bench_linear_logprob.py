@@ -1,0 +1,283 @@
+"""Time, memory and error of every peer on one problem: a pytest-benchmark suite, and the functions report.py measures with.
+
+As a suite (``pytest benchmarks/bench_linear_logprob.py``) each peer is one benchmark, on real inputs where
+PREFOPT_FAST_MODEL and PREFOPT_FAST_DATA are set and otherwise on synthetic ones; PREFOPT_FAST_TOKENS, _VOCAB and
+_HIDDEN set the size. :func:`compare` interleaves the peers instead, which a machine with other work needs.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import inputs
+import peers
+import pytest
+import torch
+from inputs import Problem
+from peers import Peer
+from torch import Tensor
+
+import prefopt_fast as pf
+
+_PRODUCT_OPS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::mkldnn_linear_pointwise")
+
+
+@dataclass
+class Row:
+    """One peer on one problem: seconds of each round, and what else was measured (None where it was not).
+
+    forward, backward: wall time. process: processor time of both, all threads. extra_bytes: peak of the torch allocator
+    above inputs and gradients. extra_rss: the same of the resident set. product, rest: seconds inside and outside of
+    matrix products, under the profiler. errors: relative (Frobenius), against float64. absent: why there is no
+    measurement.
+    """
+
+    name: str
+    note: str = ""
+    absent: str | None = None
+    forward: list[float] = field(default_factory=list)
+    backward: list[float] = field(default_factory=list)
+    process: list[float] = field(default_factory=list)
+    extra_bytes: int | None = None
+    extra_rss: int | None = None
+    product: float | None = None
+    rest: float | None = None
+    errors: dict[str, float] | None = None
+    grad_report: dict[str, float] | None = None
+
+    @property
+    def total(self) -> list[float]:
+        return [sum(pair) for pair in zip(self.forward, self.backward, strict=True)]
+
+    @property
+    def seconds(self) -> float:
+        """Median wall time of forward and backward."""
+        return statistics.median(self.total)
+
+    @property
+    def spread(self) -> float:
+        """Half the range of the rounds, relative to the median."""
+        return (max(self.total) - min(self.total)) / 2 / self.seconds
+
+
+def compare(
+    problem: Problem,
+    candidates: Iterable[Peer],
+    rounds: int,
+    train_head: bool = True,
+    memory: bool = True,
+    split: bool = False,
+    truth_tokens: int = 0,
+) -> dict[str, Row]:
+    """Rows of every candidate, in their order, the absent ones with the reason.
+
+    Args:
+        rounds: interleaved timings of each, after one untimed call that compiles and shows who is absent.
+        train_head: whether the weight takes a gradient.
+        memory, split: also measure peak memory, and the time in products, in one call each.
+        truth_tokens: where positive, also errors against float64 on that many first tokens.
+    """
+    torch.compiler.reset()  # shapes of earlier problems would count against torch.compile's limit of variants
+    problem = problem.leaves(train_head)
+    rows, present = {}, []
+    for peer in candidates:
+        rows[peer.name] = row = Row(peer.name, peer.note, absent=probe(peer, problem))
+        if row.absent is None:
+            present.append(peer)
+    for i in range(rounds):
+        for peer in present[i % len(present) :] + present[: i % len(present)]:
+            row, (forward, backward, process) = rows[peer.name], time_once(peer, problem)
+            row.forward.append(forward)
+            row.backward.append(backward)
+            row.process.append(process)
+    truth = float64_truth(problem.first(truth_tokens), train_head) if truth_tokens else None
+    for peer in present:
+        row = rows[peer.name]
+        if memory:
+            row.extra_bytes, row.extra_rss = peak_memory(peer, problem)
+        if split:
+            row.product, row.rest = product_and_rest(peer, problem)
+        if truth is not None and peer is not peers.PRODUCT:
+            row.errors = errors(peer, problem.first(truth_tokens), truth, train_head)
+    return rows
+
+
+def probe(peer: Peer, problem: Problem) -> str | None:
+    """Run the peer once, which compiles what is compiled; returns why it cannot run, or None."""
+    try:
+        time_once(peer, problem)
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        return lines[0] if isinstance(error, peers.Absent) else f"{type(error).__name__}: {lines[0]}"[:300]
+    finally:
+        _clean(problem)
+    return None
+
+
+def time_once(peer: Peer, problem: Problem) -> tuple[float, float, float]:
+    """Seconds of the forward and of the backward, and processor seconds of both; gradients are left cleared."""
+    _clean(problem)
+    processor, start = time.process_time(), time.perf_counter()
+    output = peer.forward(problem)
+    _synchronize(problem)
+    middle = time.perf_counter()
+    peers.backward(output, problem)
+    _synchronize(problem)
+    end, processor = time.perf_counter(), time.process_time() - processor
+    del output
+    _clean(problem)
+    return middle - start, end - middle, processor
+
+
+def peak_memory(peer: Peer, problem: Problem) -> tuple[int, int | None]:
+    """Bytes above the inputs and the gradients that are left: by torch's allocator, and (Linux CPUs) of the process."""
+    gc.collect()
+    _clean(problem)
+    if problem.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        _step(peer, problem)
+        peak = torch.cuda.max_memory_allocated() - before - _gradient_bytes(problem)
+        _clean(problem)
+        return max(0, peak), None
+    rss = _resident_peak(lambda: _step(peer, problem))
+    if rss is not None:
+        rss = max(0, rss - _gradient_bytes(problem))
+    _clean(problem)
+    with _profile(problem, memory=True) as profiler:
+        _step(peer, problem)
+    live = peak = 0
+    # The profiler sees every allocation and release of the CPU allocator, those inside of operators as well.
+    events = (event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]")
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    peak -= _gradient_bytes(problem)
+    _clean(problem)
+    return max(0, peak), rss
+
+
+def product_and_rest(peer: Peer, problem: Problem) -> tuple[float, float | None]:
+    """Seconds inside of torch's matrix products, and outside of them.
+
+    A Triton kernel that multiplies counts as rest: what is fused cannot be split.
+    """
+    _clean(problem)
+    with _profile(problem) as profiler:
+        start = time.perf_counter()
+        _step(peer, problem)
+        _synchronize(problem)
+        wall = time.perf_counter() - start
+    attribute = "self_device_time_total" if problem.device.type == "cuda" else "self_cpu_time_total"
+    totals = {average.key: getattr(average, attribute) * 1e-6 for average in profiler.key_averages()}
+    _clean(problem)
+    product = sum(seconds for name, seconds in totals.items() if name in _PRODUCT_OPS)
+    return product, max(0.0, wall - product)
+
+
+def float64_truth(problem: Problem, train_head: bool = True) -> dict[str, Tensor]:
+    """Log-probs and gradients from full float64 logits."""
+    hidden = problem.hidden.detach().double().requires_grad_()
+    weight = problem.weight.detach().double().requires_grad_(train_head)
+    logprobs = pf.reference.token_logprobs(hidden, pf.LMHead(weight), problem.targets).logprobs
+    logprobs.backward(problem.upstream.double())
+    return _results(logprobs, hidden, weight)
+
+
+def errors(peer: Peer, problem: Problem, truth: dict[str, Tensor], train_head: bool = True) -> dict[str, float] | None:
+    """‖x − truth‖ / ‖truth‖ of the log-probs and gradients; None for a peer that returns a loss of its own."""
+    problem = problem.leaves(train_head)
+    output = peer.forward(problem)
+    if output is None or not output.dim():
+        return None
+    peers.backward(output, problem)
+    found = _results(output, problem.hidden, problem.weight)
+    return {name: float((found[name].double() - value).norm() / value.norm()) for name, value in truth.items()}
+
+
+def _results(logprobs: Tensor, hidden: Tensor, weight: Tensor) -> dict[str, Tensor]:
+    values = {"logprobs": logprobs.detach(), "dhidden": hidden.grad, "dweight": weight.grad}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _step(peer: Peer, problem: Problem) -> None:
+    peers.backward(peer.forward(problem), problem)
+
+
+def _clean(problem: Problem) -> None:
+    peers.clear_gradients(problem)
+    _synchronize(problem)
+
+
+def _synchronize(problem: Problem) -> None:
+    if problem.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _gradient_bytes(problem: Problem) -> int:
+    gradients = (problem.hidden.grad, problem.weight.grad)
+    return sum(gradient.numel() * gradient.element_size() for gradient in gradients if gradient is not None)
+
+
+def _profile(problem: Problem, memory: bool = False) -> Any:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if problem.device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    return torch.profiler.profile(activities=activities, profile_memory=memory)
+
+
+def _resident_peak(step: Callable[[], None]) -> int | None:
+    """Bytes by which the resident set rises during ``step`` at most; None where the kernel does not tell."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    except OSError:
+        return None
+    before = _status_bytes("VmRSS")
+    step()
+    return _status_bytes("VmHWM") - before
+
+
+def _status_bytes(field_name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field_name}:"))
+
+
+def _suite_problem() -> Problem:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokens = int(os.environ.get("PREFOPT_FAST_TOKENS", 1024))
+    if os.environ.get("PREFOPT_FAST_MODEL") and os.environ.get("PREFOPT_FAST_DATA"):
+        return inputs.real(tokens, device=device)
+    vocab, hidden_size = (
+        int(os.environ.get(f"PREFOPT_FAST_{name}", n)) for name, n in (("VOCAB", 32_000), ("HIDDEN", 576))
+    )
+    return inputs.synthetic(tokens, vocab, hidden_size, device=device)
+
+
+@pytest.fixture(scope="module")
+def problem() -> Iterator[Problem]:
+    yield _suite_problem()
+
+
+@pytest.mark.parametrize("train_head", [True, False], ids=["trainable", "frozen"])
+@pytest.mark.parametrize("peer", peers.all_peers("cuda" if torch.cuda.is_available() else "cpu"), ids=lambda p: p.name)
+def test_forward_backward(benchmark: Any, problem: Problem, peer: Peer, train_head: bool) -> None:
+    leaves = problem.leaves(train_head)
+    if reason := probe(peer, leaves):
+        pytest.skip(f"absent: {reason}")
+
+    def setup() -> None:
+        _clean(leaves)
+
+    def step() -> None:
+        _step(peer, leaves)
+        _synchronize(leaves)
+
+    benchmark.extra_info.update(inputs=problem.source, problem=problem.name, note=peer.note)
+    benchmark.pedantic(step, setup=setup, rounds=3, warmup_rounds=0)
