@@ -240,29 +240,25 @@ def _combine_kernel(
 
 @triton.jit
 def _grad_of_product(
-    product,  # (BLOCK_V, BLOCK_N), fp32
-    ids,  # (BLOCK_V,), vocabulary entries
-    token_factors,  # (3, n), fp32: see _token_factors
+    product,  # (BLOCK_N, BLOCK_V), fp32
     tokens,  # (BLOCK_N,)
-    targets,  # (n,)
+    columns,  # (BLOCK_V,)
+    target_columns,  # (n,): where among the columns the token's target stands
+    token_factors,  # (3, n), fp32: see the function of this name
     n_tokens,
-    bias,  # (V,) or None
-    vocab_size,
     scale,
     softcap,
     HAS_SOFTCAP: tl.constexpr,
 ):
-    """(∂loss/∂x)ᵀ of a tile from recomputed xᵀ = weight @ hiddenᵀ: ∂logp/∂z_v = [v = y] − p_v."""
+    """∂loss/∂x of a tile from recomputed x = hidden @ weightᵀ + bias: ∂logp/∂z_v = [v = y] − p_v."""
     inside = tokens < n_tokens
-    target = tl.load(targets + tokens, mask=inside, other=-1).to(tl.int32)
+    target = tl.load(target_columns + tokens, mask=inside, other=-1).to(tl.int32)
     lse = tl.load(token_factors + tokens, mask=inside, other=float("inf"))
     factor = tl.load(token_factors + n_tokens + tokens, mask=inside, other=0.0)
     at_target = tl.load(token_factors + 2 * n_tokens + tokens, mask=inside, other=0.0)
-    if bias is not None:
-        product += tl.load(bias + ids, mask=ids < vocab_size, other=0.0).to(tl.float32)[:, None]
     logits = _logits(product, scale, softcap, HAS_SOFTCAP)
-    grad = tl.exp2(logits - lse[None, :]) * factor[None, :]
-    grad = tl.where(ids[:, None] == target[None, :], at_target[None, :], grad)
+    grad = tl.exp2(logits - lse[:, None]) * factor[:, None]
+    grad = tl.where(columns[None, :] == target[:, None], at_target[:, None], grad)
     if HAS_SOFTCAP:
         # d cap·tanh(x/cap) / dx = 1 − (z/cap)²
         ratio = logits * (1.0 / (softcap * LOG2E))
@@ -277,10 +273,9 @@ def _grad_logits_kernel(
     bias,  # (V,) or None
     targets,  # (n,)
     token_factors,  # (3, n), fp32
-    grad_logits,  # (columns, n), rows apart by grad_stride: descriptor or pointer
+    grad_logits,  # (n, columns), rows apart by grad_stride: descriptor or pointer
     n_tokens,
     n_columns,
-    vocab_size,
     hidden_size,
     grad_stride,
     first_id,
@@ -294,7 +289,7 @@ def _grad_logits_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """(∂loss/∂x)ᵀ for a range of the vocabulary; as many programs as the device runs at once share the tiles."""
+    """∂loss/∂x for a range of the vocabulary; as many programs as the device runs at once share the tiles."""
     token_blocks = tl.cdiv(n_tokens, BLOCK_N)
     column_blocks = tl.cdiv(n_columns, BLOCK_V)
     for tile in tl.range(tl.program_id(0), token_blocks * column_blocks, tl.num_programs(0)):
@@ -304,32 +299,24 @@ def _grad_logits_kernel(
         first_token = (first_block + tile % group_tiles % group_blocks) * BLOCK_N
         column = tile % group_tiles // group_blocks * BLOCK_V
 
-        product = tl.zeros((BLOCK_V, BLOCK_N), tl.float32)
+        product = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
         for k in tl.range(0, hidden_size, BLOCK_H):
-            w = _load_tile(weight, column, k, n_columns, hidden_size, BLOCK_V, BLOCK_H, TMA)
             h = _load_tile(hidden, first_token, k, n_tokens, hidden_size, BLOCK_N, BLOCK_H, TMA)
-            product = tl.dot(w, h.T, product, input_precision=PRECISION)
+            w = _load_tile(weight, column, k, n_columns, hidden_size, BLOCK_V, BLOCK_H, TMA)
+            product = tl.dot(h, w.T, product, input_precision=PRECISION)
 
         tokens = first_token + tl.arange(0, BLOCK_N)
         columns = column + tl.arange(0, BLOCK_V)
+        if bias is not None:
+            product += tl.load(bias + first_id + columns, mask=columns < n_columns, other=0.0).to(tl.float32)[None, :]
         grad = _grad_of_product(
-            product,
-            first_id + columns,
-            token_factors,
-            tokens,
-            targets,
-            n_tokens,
-            bias,
-            vocab_size,
-            scale,
-            softcap,
-            HAS_SOFTCAP,
+            product, tokens, first_id + columns, targets, token_factors, n_tokens, scale, softcap, HAS_SOFTCAP
         )
         if TMA:
-            grad_logits.store([column, first_token], grad.to(grad_logits.dtype))
+            grad_logits.store([first_token, column], grad.to(grad_logits.dtype))
         else:
-            offsets = columns[:, None].to(tl.int64) * grad_stride + tokens[None, :]
-            inside = (columns < n_columns)[:, None] & (tokens < n_tokens)[None, :]
+            offsets = tokens[:, None].to(tl.int64) * grad_stride + columns[None, :]
+            inside = (tokens < n_tokens)[:, None] & (columns < n_columns)[None, :]
             tl.store(grad_logits + offsets, grad.to(grad_logits.dtype.element_ty), mask=inside)
 
 
@@ -508,25 +495,24 @@ def _grad_logits(
     token_factors: Tensor,  # (3, n)
     transform: tuple[float, float | None],
     columns: slice,
-    out: Tensor,  # (columns, n), rows may lie apart
+    out: Tensor,  # (n, columns), rows may lie apart
 ) -> None:
-    """Write (∂loss/∂(hidden @ weightᵀ + bias))ᵀ for a range of the vocabulary."""
+    """Write ∂loss/∂(hidden @ weightᵀ + bias) for a range of the vocabulary."""
     n_tokens, hidden_size = hidden.shape
     scale, softcap = transform
     config = configs.lookup("grad_logits", configs.architecture(hidden.device), hidden.dtype, hidden_size)
     weight_part = weight[columns]
     tma = _tma_available(hidden, weight_part)
-    n_tiles = triton.cdiv(n_tokens, config.block_n) * triton.cdiv(len(out), config.block_v)
+    n_tiles = triton.cdiv(n_tokens, config.block_n) * triton.cdiv(len(weight_part), config.block_v)
     _grad_logits_kernel[(min(n_tiles, _resident_programs(config, hidden.device)),)](
         _operand(hidden, [config.block_n, config.block_h], tma),
         _operand(weight_part, [config.block_v, config.block_h], tma),
         bias,
         targets,
         token_factors,
-        _operand(out, [config.block_v, config.block_n], tma),
+        _operand(out, [config.block_n, config.block_v], tma),
         n_tokens,
-        len(out),
-        weight.shape[0],
+        len(weight_part),
         hidden_size,
         out.stride(0),
         columns.start,
@@ -581,23 +567,22 @@ def _backward_op(
     token_factors = _token_factors(grad if unit is None else grad / unit, logprobs, logsumexp, scale)
 
     weight = weight.contiguous()
-    stride = triton.cdiv(n_tokens, 16) * 16  # rows of whole 16 bytes
-    width = max(256, WORKSPACE_BYTES // (stride * hidden.element_size()) // 256 * 256)
-    workspace = hidden.new_empty(min(width, vocab_size), stride)
+    width = max(256, WORKSPACE_BYTES // (n_tokens * hidden.element_size()) // 256 * 256)
+    workspace = hidden.new_empty(n_tokens, min(width, triton.cdiv(vocab_size, 256) * 256))
     dscored = hidden.new_zeros(scored.shape, dtype=torch.float32) if need_hidden else None
     for first in range(0, vocab_size, width):
         columns = slice(first, min(first + width, vocab_size))
-        g = workspace[: columns.stop - first, :n_tokens]
+        g = workspace[:, : columns.stop - first]
         _grad_logits(scored, weight, bias, scored_targets, token_factors, (scale, softcap), columns, g)
         if dscored is not None:
-            _accumulate_product(dscored, g.T, weight[columns])
+            _accumulate_product(dscored, g, weight[columns])
         if need_weight:
             if unit is None:
-                torch.mm(g, scored, out=dweight[columns])
+                torch.mm(g.T, scored, out=dweight[columns])
             else:
-                dweight[columns] = _product(g, scored) * unit
+                dweight[columns] = _product(g.T, scored) * unit
         if need_bias:
-            total = g.sum(1, dtype=torch.float32)
+            total = g.sum(0, dtype=torch.float32)
             dbias[columns] = total if unit is None else total * unit
 
     if dscored is None:
