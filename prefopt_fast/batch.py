@@ -354,8 +354,9 @@ class ResponseBatch:
     responses: tuple[str, ...]
 
     def to(self, device: torch.device | str) -> ResponseBatch:
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
+        fields = vars(self).items()
+        moved: dict[str, Any] = {k: v.to(device, non_blocking=True) for k, v in fields if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
 
 def collate(rows: list[dict[str, Any]], responses: Sequence[str] = RESPONSES, pad_token_id: int = 0) -> ResponseBatch:

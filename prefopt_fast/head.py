@@ -107,11 +107,11 @@ def _effective_weight(layer: Any) -> tuple[Tensor, Tensor | None]:
                 if name in layer.lora_A:
                     weight = weight + layer.get_delta_weight(name).to(weight.dtype)
         return weight, bias
-    weight = getattr(layer, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
-        found = f"{weight.dtype} {tuple(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__
+    own = getattr(layer, "weight", None)
+    if not isinstance(own, Tensor) or own.dim() != 2 or not own.is_floating_point():
+        found = f"{own.dtype} {tuple(own.shape)}" if isinstance(own, Tensor) else type(own).__name__
         raise ValueError(
             f"the output embedding ({type(layer).__name__}) must hold a floating-point (V, H) weight, found {found}; "
             "keep the head out of quantization"
         )
-    return weight, getattr(layer, "bias", None)
+    return own, getattr(layer, "bias", None)

@@ -95,19 +95,21 @@ def find_backbone(model: nn.Module) -> nn.Module:
         ValueError: prompt-learning PEFT, whose virtual tokens only the whole model adds; a model without a backbone of
             its own.
     """
-    while hasattr(model, "module") and not hasattr(model, "get_output_embeddings"):
-        model = model.module
-    for name, config in (getattr(model, "peft_config", None) or {}).items():
+    causal_lm: Any = model
+    while hasattr(causal_lm, "module") and not hasattr(causal_lm, "get_output_embeddings"):
+        causal_lm = causal_lm.module
+    for name, config in (getattr(causal_lm, "peft_config", None) or {}).items():
         if config.is_prompt_learning:
             raise ValueError(
                 f"PEFT adapter {name!r} is of type {config.peft_type}, whose virtual tokens shift every position; "
                 "use an adapter that changes layers, such as LoRA"
             )
-    if hasattr(model, "get_base_model"):
-        model = model.get_base_model()
-    backbone = getattr(model, "base_model", model)
-    if backbone is model:
-        raise ValueError(f"{type(model).__name__} has no backbone apart from a head: a causal language model is needed")
+    if hasattr(causal_lm, "get_base_model"):
+        causal_lm = causal_lm.get_base_model()
+    backbone = getattr(causal_lm, "base_model", causal_lm)
+    if backbone is causal_lm:
+        name = type(causal_lm).__name__
+        raise ValueError(f"{name} has no backbone apart from a head: a causal language model is needed")
     return backbone
 
 

@@ -204,7 +204,7 @@ def _plan_shards(encoded: datasets.Dataset, responses: tuple[str, ...], batch_si
     """Shards of batches of indices into ``encoded``: the longest first, so that too little memory shows at once."""
     lengths = {name: _lengths(encoded, f"{name}_ids") for name in ("prompt", *responses)}
     longest = lengths["prompt"] + np.max([lengths[name] for name in responses], axis=0)
-    tokens = sum(lengths[name] for name in responses)
+    tokens = np.sum([lengths[name] for name in responses], axis=0)
     order = np.argsort(-longest, kind="stable")
     shard_tokens = max(_MIN_SHARD_TOKENS, int(tokens.sum()) // _MAX_SHARDS)
     shards: list[list[list[int]]] = []

@@ -306,3 +306,20 @@ def test_data_digest_is_of_content_alone() -> None:
     assert data_digest(whole) == data_digest(parts) == data_digest(shuffled_back)
     rows[0], rows[1] = rows[0] | {"prompt_ids": [1]}, rows[1] | {"prompt_ids": [0, 1, 1]}  # split elsewhere
     assert data_digest(datasets.Dataset.from_list(rows)) != data_digest(whole)
+
+
+def test_a_real_model_on_real_pairs(real_model: str, real_data: str, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(real_model)
+    encoded, _ = encode(load_preferences(real_data, "train[:2]"), tokenizer, 128)
+    key = StoreKey.of(real_model, tokenizer, encoded, 128, "prompt_start")
+    model = load_model(real_model, torch.float32)
+    store = score(model, encoded, key, tmp_path / "store", 2, tokenizer.pad_token_id, progress=False)
+    model = model.double()
+    for row in encoded:
+        for response in store.responses:
+            ids, start = torch.tensor(row["prompt_ids"] + row[f"{response}_ids"]), len(row["prompt_ids"])
+            with torch.no_grad():
+                log_probs = model(ids[None]).logits[0, start - 1 : -1].log_softmax(-1)
+            expected = log_probs.gather(-1, ids[start:, None])[:, 0]
+            # float32 through 30 layers; the largest difference measured at 1,024 tokens is 3e-5.
+            torch.testing.assert_close(store[row["row"], response].double(), expected, rtol=0, atol=2e-4)
