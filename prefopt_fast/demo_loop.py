@@ -91,9 +91,9 @@ class PairData:
         return Batch(*map(torch.cat, both)), self.ref_chosen[rows], self.ref_rejected[rows]
 
 
-def chosen_and_rejected(stats: pf.TokenStats) -> tuple[pf.SequenceLogprobs, ...]:
-    halves = zip(*(values.chunk(2) for values in pf.sequence_logprobs(stats)), strict=True)
-    return tuple(pf.SequenceLogprobs(*half) for half in halves)
+def chosen_and_rejected(stats: pf.TokenStats) -> tuple[pf.SequenceLogprobs, pf.SequenceLogprobs]:
+    chosen, rejected = zip(*(values.chunk(2) for values in pf.sequence_logprobs(stats)), strict=True)
+    return pf.SequenceLogprobs(*chosen), pf.SequenceLogprobs(*rejected)
 
 
 def dpo_objective(data: PairData, beta: float, nll: float = 0.0) -> Objective:
@@ -111,11 +111,12 @@ def wpo_objective(data: PairData, beta: float, alignment: str, weights: list[Ten
     """WPO over DPO; each step's pair weights (B,) are appended to ``weights``."""
 
     def objective(model: LlamaForCausalLM, rows: slice) -> Tensor:
-        batch, *ref = data.rows(rows)
+        batch, ref_chosen, ref_rejected = data.rows(rows)
         stats = response_stats(model, batch, WEIGHT_STATS)
-        pair_weights = pf.wpo_weights(stats, alignment).chunk(2)
-        weights.append(wpo_pair_weight(*pair_weights))
-        return pf.wpo_loss(*chosen_and_rejected(stats), *ref, *pair_weights, beta=beta)
+        chosen, rejected = chosen_and_rejected(stats)
+        chosen_weight, rejected_weight = pf.wpo_weights(stats, alignment).chunk(2)
+        weights.append(wpo_pair_weight(chosen_weight, rejected_weight))
+        return pf.wpo_loss(chosen, rejected, ref_chosen, ref_rejected, chosen_weight, rejected_weight, beta=beta)
 
     return objective
 
@@ -128,12 +129,12 @@ def wspo_objective(
     gamma: float,
     level: str,
 ) -> Objective:
-    frozen = [score(model, data) for model in (ref, weak_aligned, weak_ref)]
+    ref_logprobs, aligned_logprobs, weak_logprobs = (score(model, data) for model in (ref, weak_aligned, weak_ref))
 
     def objective(model: LlamaForCausalLM, rows: slice) -> Tensor:
         stats = response_stats(model, data.rows(rows))
         return pf.wspo_loss(
-            stats.logprobs, *(logprobs[rows] for logprobs in frozen), stats.mask, gamma=gamma, level=level
+            stats.logprobs, ref_logprobs[rows], aligned_logprobs[rows], weak_logprobs[rows], stats.mask, gamma, level
         )
 
     return objective
@@ -167,7 +168,7 @@ def sample(model: LlamaForCausalLM, prompts: Sequence[Prompt]) -> list[Response]
     responses: list[Response] = []
     for start in range(0, len(prompts), 4096):
         ids = encode_prompts(prompts[start : start + 4096])
-        tokens = model.generate(
+        tokens = model.generate(  # type: ignore[misc]  # transformers types its self as a protocol
             ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, max_new_tokens=RESPONSE_LENGTH
         )
         responses += decode(tokens[:, PROMPT_LENGTH:])
@@ -203,9 +204,11 @@ def initial_weights(model: LlamaForCausalLM, pairs: Sequence[Pair]) -> dict[str,
     batch, *_ = PairData(pairs, model).rows(slice(None))
     with torch.no_grad():
         stats = response_stats(model, batch, WEIGHT_STATS)
-    return {
-        alignment: wpo_pair_weight(*pf.wpo_weights(stats, alignment).chunk(2)).tolist() for alignment in pf.ALIGNMENTS
-    }
+    weights = {}
+    for alignment in pf.ALIGNMENTS:
+        chosen, rejected = pf.wpo_weights(stats, alignment).chunk(2)
+        weights[alignment] = wpo_pair_weight(chosen, rejected).tolist()
+    return weights
 
 
 def effective_share(weights: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ COLORS = {
     "weak model's": "#7d8590",
     "far": "#d1662e",
 }
-STYLE = {
+STYLE: Any = {
     "font.size": 9,
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
@@ -376,7 +376,7 @@ def draw_lines(
         axis.fill_between(x, [min(c) for c in columns], [max(c) for c in columns], color=color, alpha=0.15, linewidth=0)
         ends.append((x[-1], fmean(columns[-1]), name, color))
     axis.margins(x=0.01)
-    axis.set_ylim(ylim)
+    axis.set_ylim(*ylim)
     low, high = axis.get_ylim()
     ends.sort(key=lambda end: end[1])
     places: list[float] = []
