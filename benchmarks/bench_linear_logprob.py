@@ -1,4 +1,4 @@
-"""Time, memory and error of every peer on one problem: a pytest-benchmark suite, and the functions report.py measures with.
+"""Time, memory and error of every peer on a problem: a pytest-benchmark suite, and what report.py measures with.
 
 As a suite (``pytest benchmarks/bench_linear_logprob.py``) each peer is one benchmark, on real inputs where
 PREFOPT_FAST_MODEL and PREFOPT_FAST_DATA are set and otherwise on synthetic ones; PREFOPT_FAST_TOKENS, _VOCAB and

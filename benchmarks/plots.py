@@ -122,7 +122,7 @@ def draw_memory(results: Mapping[str, Any]) -> Any:
             axis.plot(*zip(*points, strict=True), label=name, **_line_style(name))
     tokens = [case["tokens"] for case, _ in found]
     logits = [4 * case["tokens"] * case["vocab"] / 2**20 for case, _ in found]
-    axis.plot(tokens, logits, color="#444444", linestyle=":", linewidth=1.2, label="the N×V logits, fp32")
+    axis.plot(tokens, logits, color="#444444", linestyle=":", linewidth=1.2, label="the N x V logits, fp32")
     axis.plot(
         tokens, [x / 10 for x in logits], color="#aaaaaa", linestyle=":", linewidth=1.2, label="a tenth of the logits"
     )
