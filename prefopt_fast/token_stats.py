@@ -163,8 +163,9 @@ def validate_inputs(hidden: Tensor, head: LMHead, targets: Tensor, stats: tuple[
     devices = {str(tensor.device) for tensor in (hidden, head.weight, targets)}
     if len(devices) > 1:
         raise ValueError(f"hidden, head.weight and targets must be on one device, found {', '.join(sorted(devices))}")
-    thorough = _check_inputs.get()
-    if (targets.device.type == "cpu" or thorough) and not torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()  # which traces neither the context variable nor a look at values
+    thorough = not compiling and _check_inputs.get()
+    if (targets.device.type == "cpu" or thorough) and not compiling:
         bad = ((targets < 0) | (targets >= head.vocab_size)) & (targets != ignore_index)
         if count := int(bad.sum()):
             raise ValueError(
