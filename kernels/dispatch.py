@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -10,8 +9,7 @@ import torch
 from torch import Tensor
 
 STATS = ("log_sum_sq_probs", "max_logprob", "entropy", "mean_logit", "is_top1", "logsumexp")
-IMPLEMENTATIONS = {"torch": ".torch_backend", "triton": ".linear_logprob", "reference": "..reference.token_stats"}
-BACKENDS = ("auto", *IMPLEMENTATIONS)
+BACKENDS = ("auto", "torch", "triton", "reference")
 
 
 class Options(NamedTuple):
@@ -41,10 +39,18 @@ def linear_logprob(
     ``transform`` is (scale, softcap): logits z = softcap · tanh(scale · x / softcap), or scale · x without a cap, for
     x = hidden @ weightᵀ + bias.
     """
-    implementation = import_module(IMPLEMENTATIONS[resolve_backend(backend, hidden.device)], __package__)
-    return implementation.linear_logprob(hidden, weight, bias, targets, transform, stats, options)
+    name = resolve_backend(backend, hidden.device)
+    # Statements, not a table with importlib: torch.compile traces the one and not the other.
+    if name == "triton":
+        from .linear_logprob import linear_logprob as implementation
+    elif name == "torch":
+        from .torch_backend import linear_logprob as implementation
+    else:
+        from ..reference.token_stats import linear_logprob as implementation
+    return implementation(hidden, weight, bias, targets, transform, stats, options)
 
 
+@torch.compiler.assume_constant_result  # so torch.compile need not trace how modules are found
 def resolve_backend(backend: str, device: torch.device) -> str:
     """Name of the backend that runs on ``device``; raises ValueError or RuntimeError where ``backend`` cannot."""
     if backend not in BACKENDS:
