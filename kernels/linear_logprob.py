@@ -18,13 +18,22 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs
 from .dispatch import STATS, Options, Report
-
-LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
-LN2: tl.constexpr = tl.constexpr(math.log(2.0))
+from .sampled_grad import BLOCKS_PER_CHUNK, draw_slots, frequent_columns, sampled_gradients
+from .tiles import (
+    LN2,
+    VARYING_SIZES,
+    base2_logits,
+    dot_precision,
+    grad_of_product,
+    load_tile,
+    operand,
+    operand_type,
+    processors,
+    tma_available,
+)
 
 MAX_SPLITS = 256
 # Programs per multiprocessor: the last wave of programs is partly idle, so its share must be small …
@@ -36,37 +45,7 @@ TOKEN_BLOCKS_PER_GROUP = 16
 WORKSPACE_BYTES = 128 << 20  # of ∂loss/∂logits that the backward holds at a time, for a range of the vocabulary
 
 
-@triton.jit
-def _load_tile(source, row, column, n_rows, n_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr):
-    """(ROWS, COLUMNS) of a row-major (n_rows, n_columns) matrix, zero outside of it."""
-    if TMA:
-        tile = source.load([row, column])
-    else:
-        rows = row + tl.arange(0, ROWS)
-        columns = column + tl.arange(0, COLUMNS)
-        offsets = rows[:, None].to(tl.int64) * n_columns + columns[None, :]
-        tile = tl.load(source + offsets, mask=(rows < n_rows)[:, None] & (columns < n_columns)[None, :], other=0.0)
-    return tile
-
-
-@triton.jit
-def _logits(product, scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """Base-2 logits: log₂e · softcap · tanh(scale · x / softcap), or log₂e · scale · x."""
-    if HAS_SOFTCAP:
-        # tanh(a) = 1 − 2 / (1 + e^(2a)): the exponential may overflow to inf or vanish, and both limits are right.
-        inverse = 1.0 / (1.0 + tl.exp2(product * (2.0 * LOG2E * scale / softcap)))
-        logits = softcap * LOG2E * (1.0 - 2.0 * inverse)
-    else:
-        logits = product * (scale * LOG2E)
-    return logits
-
-
-# Sizes that change from call to call: a specialization for each that happens to be 1 or a multiple of 16 would compile
-# kernels in the middle of a run.
-_VARYING = ["n_tokens", "n_rows", "vocab_size", "n_columns", "n_splits", "tiles_per_split", "first_id"]
-
-
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=VARYING_SIZES)
 def _forward_kernel(
     hidden,  # (n, H): descriptor or pointer
     weight,  # (V, H): descriptor or pointer
@@ -119,14 +98,14 @@ def _forward_kernel(
     for column in tl.range(first_column, last_column, BLOCK_V):
         product = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
         for k in tl.range(0, hidden_size, BLOCK_H):
-            h = _load_tile(hidden, first_token, k, n_tokens, hidden_size, BLOCK_N, BLOCK_H, TMA)
-            w = _load_tile(weight, column, k, vocab_size, hidden_size, BLOCK_V, BLOCK_H, TMA)
+            h = load_tile(hidden, first_token, k, n_tokens, hidden_size, BLOCK_N, BLOCK_H, TMA)
+            w = load_tile(weight, column, k, vocab_size, hidden_size, BLOCK_V, BLOCK_H, TMA)
             product = tl.dot(h, w.T, product, input_precision=PRECISION)
 
         columns = column + tl.arange(0, BLOCK_V)
         if bias is not None:
             product += tl.load(bias + columns, mask=columns < vocab_size, other=0.0).to(tl.float32)[None, :]
-        logits = _logits(product, scale, softcap, HAS_SOFTCAP)
+        logits = base2_logits(product, scale, softcap, HAS_SOFTCAP)
         if SUM:
             logit_sum += tl.sum(tl.where((columns < vocab_size)[None, :], logits, 0.0), 1)
         logits = tl.where((columns < vocab_size)[None, :], logits, float("-inf"))
@@ -167,7 +146,7 @@ def _forward_kernel(
     tl.store(target_logits + tokens, target_logit, mask=(target >= first_column) & (target < last_column))
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=VARYING_SIZES)
 def _combine_kernel(
     partials,  # (2 + SUM_SQ + ENTROPY + SUM, splits, n), fp32
     target_logits,  # (n,), fp32
@@ -238,35 +217,7 @@ def _combine_kernel(
         tl.store(values + LOGSUMEXP * n_rows + out, lse, mask=scored)
 
 
-@triton.jit
-def _grad_of_product(
-    product,  # (BLOCK_N, BLOCK_V), fp32
-    tokens,  # (BLOCK_N,)
-    columns,  # (BLOCK_V,)
-    target_columns,  # (n,): where among the columns the token's target stands
-    token_factors,  # (3, n), fp32: see the function of this name
-    n_tokens,
-    scale,
-    softcap,
-    HAS_SOFTCAP: tl.constexpr,
-):
-    """∂loss/∂x of a tile from recomputed x = hidden @ weightᵀ + bias: ∂logp/∂z_v = [v = y] − p_v."""
-    inside = tokens < n_tokens
-    target = tl.load(target_columns + tokens, mask=inside, other=-1).to(tl.int32)
-    lse = tl.load(token_factors + tokens, mask=inside, other=float("inf"))
-    factor = tl.load(token_factors + n_tokens + tokens, mask=inside, other=0.0)
-    at_target = tl.load(token_factors + 2 * n_tokens + tokens, mask=inside, other=0.0)
-    logits = _logits(product, scale, softcap, HAS_SOFTCAP)
-    grad = tl.exp2(logits - lse[:, None]) * factor[:, None]
-    grad = tl.where(columns[None, :] == target[:, None], at_target[:, None], grad)
-    if HAS_SOFTCAP:
-        # d cap·tanh(x/cap) / dx = 1 − (z/cap)²
-        ratio = logits * (1.0 / (softcap * LOG2E))
-        grad *= 1.0 - ratio * ratio
-    return grad
-
-
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=VARYING_SIZES)
 def _grad_logits_kernel(
     hidden,  # (n, H): descriptor or pointer
     weight,  # (columns, H), a range of the head's rows: descriptor or pointer
@@ -301,15 +252,15 @@ def _grad_logits_kernel(
 
         product = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
         for k in tl.range(0, hidden_size, BLOCK_H):
-            h = _load_tile(hidden, first_token, k, n_tokens, hidden_size, BLOCK_N, BLOCK_H, TMA)
-            w = _load_tile(weight, column, k, n_columns, hidden_size, BLOCK_V, BLOCK_H, TMA)
+            h = load_tile(hidden, first_token, k, n_tokens, hidden_size, BLOCK_N, BLOCK_H, TMA)
+            w = load_tile(weight, column, k, n_columns, hidden_size, BLOCK_V, BLOCK_H, TMA)
             product = tl.dot(h, w.T, product, input_precision=PRECISION)
 
         tokens = first_token + tl.arange(0, BLOCK_N)
         columns = column + tl.arange(0, BLOCK_V)
         if bias is not None:
             product += tl.load(bias + first_id + columns, mask=columns < n_columns, other=0.0).to(tl.float32)[None, :]
-        grad = _grad_of_product(
+        grad = grad_of_product(
             product, tokens, first_id + columns, targets, token_factors, n_tokens, scale, softcap, HAS_SOFTCAP
         )
         if TMA:
@@ -320,42 +271,19 @@ def _grad_logits_kernel(
             tl.store(grad_logits + offsets, grad.to(grad_logits.dtype.element_ty), mask=inside)
 
 
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
 def _resident_programs(config: configs.Config, device: torch.device) -> int:
     """How many programs run at once: two to a multiprocessor where tiles are small enough for their registers."""
-    return _processors(device) * (2 if config.num_warps <= 4 else 1)
+    return processors(device) * (2 if config.num_warps <= 4 else 1)
 
 
 def _splits(n_tokens: int, vocab_size: int, config: configs.Config, device: torch.device) -> tuple[int, int]:
     """(splits, tiles per split): enough programs for MIN_WAVES waves, at most MAX_SPLITS splits."""
-    processors = _processors(device)
+    n_processors = processors(device)
     tiles = triton.cdiv(vocab_size, config.block_v)
     blocks = triton.cdiv(n_tokens, config.block_n)
-    wanted = min(MAX_SPLITS, tiles, triton.cdiv(MIN_WAVES * processors, blocks))
+    wanted = min(MAX_SPLITS, tiles, triton.cdiv(MIN_WAVES * n_processors, blocks))
     tiles_per_split = triton.cdiv(tiles, wanted)
     return triton.cdiv(tiles, tiles_per_split), tiles_per_split
-
-
-def _tma_available(*operands: Tensor) -> bool:
-    """Tensor memory access needs Hopper or later and rows of whole 16 bytes; the interpreter plays it as well."""
-    device = operands[0].device
-    if device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_capability(device) < (9, 0)):
-        return False
-    return device.type != "xpu" and all(
-        t.data_ptr() % 16 == 0 and t.shape[1] * t.element_size() % 16 == 0 for t in operands
-    )
-
-
-def _operand(matrix: Tensor, block: list[int], tma: bool) -> Any:
-    return TensorDescriptor.from_tensor(matrix, block) if tma else matrix
-
-
-def _dot_precision() -> str:
-    """How fp32 products are computed: by torch's own switch, as torch.mm would."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def forward_partials(
@@ -382,10 +310,10 @@ def forward_partials(
     target_logits = hidden.new_empty(n_tokens, dtype=torch.float32)
     n_blocks = triton.cdiv(n_tokens, config.block_n)
     column_sq = None if seed is None else hidden.new_empty(n_blocks, vocab_size, dtype=torch.bfloat16)
-    tma = _tma_available(hidden, weight)
+    tma = tma_available(hidden, weight)
     _forward_kernel[(n_blocks * n_splits,)](
-        _operand(hidden, [config.block_n, config.block_h], tma),
-        _operand(weight, [config.block_v, config.block_h], tma),
+        operand(hidden, [config.block_n, config.block_h], tma),
+        operand(weight, [config.block_v, config.block_h], tma),
         bias,
         targets,
         partials,
@@ -402,7 +330,7 @@ def forward_partials(
         HAS_SOFTCAP=softcap is not None,
         **quantities,
         TMA=tma,
-        PRECISION=_dot_precision(),
+        PRECISION=dot_precision(),
         GROUP=TOKEN_BLOCKS_PER_GROUP,
         BLOCK_N=config.block_n,
         BLOCK_V=config.block_v,
@@ -438,18 +366,36 @@ def _forward_op(
     softcap: float | None,
     stats: str,
     ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """logprobs (N,), logsumexp (N,) and the asked statistics (len(stats), N); stats are names joined by commas."""
+    tolerance: float,
+    seed: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """logprobs (N,), logsumexp (N,) and the asked statistics (len(stats), N); stats are names joined by commas.
+
+    At a ``tolerance`` over 0 also what a sampled gradient needs: the column sums (blocks of scored tokens, V), and the
+    mean of the most frequent targets' rows of weight (H,); else both are empty.
+    """
     names = tuple(stats.split(",")) if stats else ()
     n_rows = len(targets)
     logprobs = hidden.new_zeros(n_rows, dtype=torch.float32)
     logsumexp = torch.zeros_like(logprobs)
     values = logprobs.new_zeros(len(names), n_rows)
+    column_sq = weight.new_empty(0, len(weight), dtype=torch.bfloat16)
+    center = logprobs.new_empty(weight.shape[1] if tolerance > 0 else 0)
     scored, scored_targets, rows = scored_rows(hidden, targets, ignore_index)
     if n_tokens := len(scored):
-        partials, target_logits, _ = forward_partials(
-            scored, weight.contiguous(), bias, scored_targets, (scale, softcap), names
+        weight = weight.contiguous()
+        lower_bound = None
+        if tolerance > 0:
+            frequent = frequent_columns(scored_targets, len(weight))
+            seed_weight, seed_bias = weight[frequent], None if bias is None else bias[frequent]
+            none = torch.full_like(scored_targets, -1)
+            known, _, _ = forward_partials(scored, seed_weight, seed_bias, none, (scale, softcap))
+            lower_bound = torch.logsumexp((known[0] + known[1].log2()) * math.log(2.0), 0) * math.log2(math.e)
+            center = seed_weight.mean(0, dtype=torch.float32)
+        partials, target_logits, sums = forward_partials(
+            scored, weight, bias, scored_targets, (scale, softcap), names, lower_bound
         )
+        column_sq = column_sq if sums is None else sums
         n_splits = partials.shape[1]
         block_splits = triton.next_power_of_2(n_splits)
         block_n = max(16, 2048 // block_splits)
@@ -468,7 +414,7 @@ def _forward_op(
             BLOCK_N=block_n,
             BLOCK_SPLITS=block_splits,
         )
-    return logprobs, logsumexp, values
+    return logprobs, logsumexp, values, column_sq, center
 
 
 @_forward_op.register_fake
@@ -481,10 +427,19 @@ def _(
     softcap: float | None,
     stats: str,
     ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+    tolerance: float,
+    seed: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     logprobs = hidden.new_empty(targets.shape, dtype=torch.float32)
     n_stats = len(stats.split(",")) if stats else 0
-    return logprobs, torch.empty_like(logprobs), logprobs.new_empty(n_stats, *targets.shape)
+    n_blocks = torch.library.get_ctx().new_dynamic_size() if tolerance > 0 else 0
+    return (
+        logprobs,
+        torch.empty_like(logprobs),
+        logprobs.new_empty(n_stats, *targets.shape),
+        weight.new_empty(n_blocks, weight.shape[0], dtype=torch.bfloat16),
+        logprobs.new_empty(weight.shape[1] if tolerance > 0 else 0),
+    )
 
 
 def _grad_logits(
@@ -502,15 +457,15 @@ def _grad_logits(
     scale, softcap = transform
     config = configs.lookup("grad_logits", configs.architecture(hidden.device), hidden.dtype, hidden_size)
     weight_part = weight[columns]
-    tma = _tma_available(hidden, weight_part)
+    tma = tma_available(hidden, weight_part)
     n_tiles = triton.cdiv(n_tokens, config.block_n) * triton.cdiv(len(weight_part), config.block_v)
     _grad_logits_kernel[(min(n_tiles, _resident_programs(config, hidden.device)),)](
-        _operand(hidden, [config.block_n, config.block_h], tma),
-        _operand(weight_part, [config.block_v, config.block_h], tma),
+        operand(hidden, [config.block_n, config.block_h], tma),
+        operand(weight_part, [config.block_v, config.block_h], tma),
         bias,
         targets,
         token_factors,
-        _operand(out, [config.block_n, config.block_v], tma),
+        operand(out, [config.block_n, config.block_v], tma),
         n_tokens,
         len(weight_part),
         hidden_size,
@@ -520,7 +475,7 @@ def _grad_logits(
         softcap or 0.0,
         HAS_SOFTCAP=softcap is not None,
         TMA=tma,
-        PRECISION=_dot_precision(),
+        PRECISION=dot_precision(),
         GROUP=TOKEN_BLOCKS_PER_GROUP,
         BLOCK_N=config.block_n,
         BLOCK_V=config.block_v,
@@ -539,58 +494,91 @@ def _backward_op(
     targets: Tensor,  # (N,)
     logprobs: Tensor,  # (N,)
     logsumexp: Tensor,  # (N,)
+    column_sq: Tensor,  # (blocks, V)
+    center: Tensor,  # (H,)
     scale: float,
     softcap: float | None,
     ignore_index: int,
+    tolerance: float,
+    seed: int,
     needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dhidden, dweight and dbias, each empty where not needed; exact.
+    """dhidden, dweight and dbias, each empty where not needed; exact at tolerance 0, else sampled where that pays."""
+    need_hidden, need_weight, need_bias = needed
+    dhidden = torch.zeros_like(hidden) if need_hidden else None
+    dweight = torch.zeros_like(weight) if need_weight else None
+    dbias = torch.zeros_like(bias) if need_bias else None
+    gradients = tuple(hidden.new_empty(0) if g is None else g for g in (dhidden, dweight, dbias))
+    scored, scored_targets, rows = scored_rows(hidden, targets, ignore_index)
+    if not len(scored):
+        return gradients
+
+    if rows is not None:
+        grad, logprobs, logsumexp = grad[rows], logprobs[rows], logsumexp[rows]
+    # fp16 has no range for p · ∂loss/∂logp, so there the upstream gradient is brought to at most 1 and put back later.
+    unit = grad.abs().amax().clamp_min(torch.finfo(grad.dtype).tiny) if hidden.dtype == torch.float16 else None
+    grad = grad if unit is None else grad / unit
+    token_factors = _token_factors(grad, logprobs, logsumexp, scale)
+    operands = (scored, weight.contiguous(), bias, scored_targets, token_factors, (scale, softcap))
+    slots = None
+    if tolerance > 0:
+        arch = configs.architecture(hidden.device)
+        block_n = configs.lookup("forward", arch, hidden.dtype, hidden.shape[1]).block_n
+        tile = configs.lookup("sampled_grad_logits", arch, hidden.dtype, hidden.shape[1]).block_v
+        slots = draw_slots(column_sq, scored_targets, grad, logprobs, tolerance, seed, tile, block_n)
+    if slots is None:
+        _exact_gradients(*operands, unit, rows, (dhidden, dweight, dbias))
+    else:
+        chunk = BLOCKS_PER_CHUNK * block_n
+        sampled_gradients(*operands, slots, chunk, center, unit, rows, (dhidden, dweight, dbias))
+    return gradients
+
+
+def _exact_gradients(
+    hidden: Tensor,  # (n, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    targets: Tensor,  # (n,)
+    token_factors: Tensor,  # (3, n)
+    transform: tuple[float, float | None],
+    unit: Tensor | None,  # (), or None: what the gradients are to be multiplied with
+    rows: Tensor | None,  # (n,)
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
+) -> None:
+    """Write dhidden (N, H) at ``rows``, dweight (V, H) and dbias (V,), each where it is not None.
 
     ∂loss/∂logits G is formed for all tokens and a range of the vocabulary at a time, in the operands' dtype, and meets
     weight and hidden in two library products, which reach the device's peak where a kernel that fuses either would
     have to recompute G for the other. A range holds all tokens, so its rows of dweight are complete after one product
     with an fp32 accumulator; dhidden accumulates over the ranges in fp32. No atomics: equal inputs give equal bits.
     """
-    need_hidden, need_weight, need_bias = needed
-    vocab_size = len(weight)
-    dweight = torch.zeros_like(weight) if need_weight else weight.new_empty(0)
-    dbias = torch.zeros_like(bias) if need_bias else weight.new_empty(0)
-    scored, scored_targets, rows = scored_rows(hidden, targets, ignore_index)
-    n_tokens = len(scored)
-    if not n_tokens:
-        return torch.zeros_like(hidden) if need_hidden else hidden.new_empty(0), dweight, dbias
-
-    if rows is not None:
-        grad, logprobs, logsumexp = grad[rows], logprobs[rows], logsumexp[rows]
-    # fp16 has no range for p · ∂loss/∂logp, so there the upstream gradient is brought to at most 1 and put back later.
-    unit = grad.abs().amax().clamp_min(torch.finfo(grad.dtype).tiny) if hidden.dtype == torch.float16 else None
-    token_factors = _token_factors(grad if unit is None else grad / unit, logprobs, logsumexp, scale)
-
-    weight = weight.contiguous()
+    dhidden, dweight, dbias = gradients
+    n_tokens, vocab_size = len(hidden), len(weight)
     width = max(256, WORKSPACE_BYTES // (n_tokens * hidden.element_size()) // 256 * 256)
     workspace = hidden.new_empty(n_tokens, min(width, triton.cdiv(vocab_size, 256) * 256))
-    dscored = hidden.new_zeros(scored.shape, dtype=torch.float32) if need_hidden else None
+    total = None if dhidden is None else torch.zeros_like(hidden, dtype=torch.float32)
     for first in range(0, vocab_size, width):
         columns = slice(first, min(first + width, vocab_size))
         g = workspace[:, : columns.stop - first]
-        _grad_logits(scored, weight, bias, scored_targets, token_factors, (scale, softcap), columns, g)
-        if dscored is not None:
-            _accumulate_product(dscored, g, weight[columns])
-        if need_weight:
+        _grad_logits(hidden, weight, bias, targets, token_factors, transform, columns, g)
+        if total is not None:
+            _accumulate_product(total, g, weight[columns])
+        if dweight is not None:
             if unit is None:
-                torch.mm(g.T, scored, out=dweight[columns])
+                torch.mm(g.T, hidden, out=dweight[columns])
             else:
-                dweight[columns] = _product(g.T, scored) * unit
-        if need_bias:
-            total = g.sum(0, dtype=torch.float32)
-            dbias[columns] = total if unit is None else total * unit
+                dweight[columns] = _product(g.T, hidden) * unit
+        if dbias is not None:
+            column_sum = g.sum(0, dtype=torch.float32)
+            dbias[columns] = column_sum if unit is None else column_sum * unit
 
-    if dscored is None:
-        return hidden.new_empty(0), dweight, dbias
-    if unit is not None:
-        dscored *= unit
-    dhidden = dscored.to(hidden.dtype)
-    return dhidden if rows is None else torch.zeros_like(hidden).index_copy_(0, rows, dhidden), dweight, dbias
+    if dhidden is not None:
+        if unit is not None:
+            total *= unit
+        if rows is None:
+            dhidden.copy_(total)
+        else:
+            dhidden[rows] = total.to(dhidden.dtype)
 
 
 def _token_factors(grad: Tensor, logprobs: Tensor, logsumexp: Tensor, scale: float) -> Tensor:
@@ -623,9 +611,13 @@ def _(
     targets: Tensor,
     logprobs: Tensor,
     logsumexp: Tensor,
+    column_sq: Tensor,
+    center: Tensor,
     scale: float,
     softcap: float | None,
     ignore_index: int,
+    tolerance: float,
+    seed: int,
     needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     need_hidden, need_weight, need_bias = needed
@@ -637,16 +629,18 @@ def _(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, targets, ctx.scale, ctx.softcap, _, ctx.ignore_index = inputs
-    logprobs, logsumexp, values = output
-    ctx.save_for_backward(hidden, weight, bias, targets, logprobs, logsumexp)
-    ctx.mark_non_differentiable(logsumexp, values)
+    hidden, weight, bias, targets, ctx.scale, ctx.softcap, _, ctx.ignore_index, ctx.tolerance, ctx.seed = inputs
+    logprobs, *detached = output
+    logsumexp, _, column_sq, center = detached
+    ctx.save_for_backward(hidden, weight, bias, targets, logprobs, logsumexp, column_sq, center)
+    ctx.mark_non_differentiable(*detached)
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     needed = list(ctx.needs_input_grad[:3])
-    gradients = _backward_op(grad.contiguous(), *ctx.saved_tensors, ctx.scale, ctx.softcap, ctx.ignore_index, needed)
-    return (*(g if need else None for g, need in zip(gradients, needed, strict=True)), *[None] * 5)
+    steering = (ctx.scale, ctx.softcap, ctx.ignore_index, ctx.tolerance, ctx.seed)
+    gradients = _backward_op(grad.contiguous(), *ctx.saved_tensors, *steering, needed)
+    return (*(g if need else None for g, need in zip(gradients, needed, strict=True)), *[None] * 7)
 
 
 _forward_op.register_autograd(_backward, setup_context=_save_for_backward)
@@ -671,7 +665,14 @@ def linear_logprob(
     if hidden.dtype == torch.bfloat16 and hidden.device.type == "cpu":
         # Triton's interpreter would multiply the bit patterns of bf16 as integers.
         hidden, weight = hidden.float(), weight.float()
-    logprobs, _, values = _forward_op(hidden, weight, bias, targets, *transform, ",".join(stats), options.ignore_index)
+    # One draw serves all gradients asked for, so the strictest tolerance rules; 0 for any of them means exact ones.
+    tolerance = 0.0
+    if torch.is_grad_enabled():
+        trained = (weight.requires_grad or (bias is not None and bias.requires_grad), hidden.requires_grad)
+        tolerance = min((t for t, need in zip(options.grad_tolerance[::-1], trained, strict=True) if need), default=0.0)
+    logprobs, _, values, _, _ = _forward_op(
+        hidden, weight, bias, targets, *transform, ",".join(stats), options.ignore_index, tolerance, options.seed
+    )
     outputs = dict(zip(stats, values.detach(), strict=True))
     if "is_top1" in outputs:
         outputs["is_top1"] = outputs["is_top1"].bool()
@@ -698,8 +699,8 @@ def aot_signatures(arch: str) -> Iterator[Specialization]:
                 f"forward_{dtype}_h{max_hidden or 'any'}",
                 _forward_kernel,
                 {
-                    "hidden": _operand_type(dtype, config.block_n, config.block_h, tma),
-                    "weight": _operand_type(dtype, config.block_v, config.block_h, tma),
+                    "hidden": operand_type(dtype, config.block_n, config.block_h, tma),
+                    "weight": operand_type(dtype, config.block_v, config.block_h, tma),
                     "targets": "*i64",
                     **dict.fromkeys(("partials", "target_logits"), "*fp32"),
                     **dict.fromkeys(("n_tokens", "vocab_size", "hidden_size", "n_splits", "tiles_per_split"), "i32"),
@@ -723,7 +724,3 @@ def aot_signatures(arch: str) -> Iterator[Specialization]:
                 ("targets", "partials", "target_logits", "hidden_size") + (() if tma else ("hidden", "weight")),
                 config,
             )
-
-
-def _operand_type(dtype: str, rows: int, columns: int, tma: bool) -> str:
-    return f"tensordesc<{dtype}[{rows}, {columns}]>" if tma else f"*{dtype}"

@@ -1,0 +1,99 @@
+"""What the kernels share: loading a tile, from a product to logits and their gradient, and facts of the device."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
+LN2: tl.constexpr = tl.constexpr(math.log(2.0))
+
+# Sizes that change from call to call: a specialization for each that happens to be 1 or a multiple of 16 would compile
+# kernels in the middle of a run.
+VARYING_SIZES = ["n_tokens", "n_rows", "vocab_size", "n_columns", "n_splits", "tiles_per_split", "first_id"]
+
+
+@triton.jit
+def load_tile(source, row, column, n_rows, n_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr):
+    """(ROWS, COLUMNS) of a row-major (n_rows, n_columns) matrix, zero outside of it."""
+    if TMA:
+        tile = source.load([row, column])
+    else:
+        rows = row + tl.arange(0, ROWS)
+        columns = column + tl.arange(0, COLUMNS)
+        offsets = rows[:, None].to(tl.int64) * n_columns + columns[None, :]
+        tile = tl.load(source + offsets, mask=(rows < n_rows)[:, None] & (columns < n_columns)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def base2_logits(product, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    """Base-2 logits: log₂e · softcap · tanh(scale · x / softcap), or log₂e · scale · x."""
+    if HAS_SOFTCAP:
+        # tanh(a) = 1 − 2 / (1 + e^(2a)): the exponential may overflow to inf or vanish, and both limits are right.
+        inverse = 1.0 / (1.0 + tl.exp2(product * (2.0 * LOG2E * scale / softcap)))
+        logits = softcap * LOG2E * (1.0 - 2.0 * inverse)
+    else:
+        logits = product * (scale * LOG2E)
+    return logits
+
+
+@triton.jit
+def grad_of_product(
+    product,  # (BLOCK_N, BLOCK_V), fp32
+    tokens,  # (BLOCK_N,)
+    columns,  # (BLOCK_V,)
+    target_columns,  # (n,): where among the columns the token's target stands
+    token_factors,  # (3, n), fp32: see the function of this name
+    n_tokens,
+    scale,
+    softcap,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """∂loss/∂x of a tile from recomputed x = hidden @ weightᵀ + bias: ∂logp/∂z_v = [v = y] − p_v."""
+    inside = tokens < n_tokens
+    target = tl.load(target_columns + tokens, mask=inside, other=-1).to(tl.int32)
+    lse = tl.load(token_factors + tokens, mask=inside, other=float("inf"))
+    factor = tl.load(token_factors + n_tokens + tokens, mask=inside, other=0.0)
+    at_target = tl.load(token_factors + 2 * n_tokens + tokens, mask=inside, other=0.0)
+    logits = base2_logits(product, scale, softcap, HAS_SOFTCAP)
+    grad = tl.exp2(logits - lse[:, None]) * factor[:, None]
+    grad = tl.where(columns[None, :] == target[:, None], at_target[:, None], grad)
+    if HAS_SOFTCAP:
+        # d cap·tanh(x/cap) / dx = 1 − (z/cap)²
+        ratio = logits * (1.0 / (softcap * LOG2E))
+        grad *= 1.0 - ratio * ratio
+    return grad
+
+
+def processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def tma_available(*operands: Tensor) -> bool:
+    """Tensor memory access needs Hopper or later and rows of whole 16 bytes; the interpreter plays it as well."""
+    device = operands[0].device
+    if device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_capability(device) < (9, 0)):
+        return False
+    return device.type != "xpu" and all(
+        t.data_ptr() % 16 == 0 and t.shape[1] * t.element_size() % 16 == 0 for t in operands
+    )
+
+
+def operand(matrix: Tensor, block: list[int], tma: bool) -> Any:
+    return TensorDescriptor.from_tensor(matrix, block) if tma else matrix
+
+
+def dot_precision() -> str:
+    """How fp32 products are computed: by torch's own switch, as torch.mm would."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def operand_type(dtype: str, rows: int, columns: int, tma: bool) -> str:
+    return f"tensordesc<{dtype}[{rows}, {columns}]>" if tma else f"*{dtype}"
