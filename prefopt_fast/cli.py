@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return COMMANDS[command](rest)
     except KeyboardInterrupt as interrupt:
-        print(f"\n{interrupt or 'stopped; the same command goes on from what is done'}", file=sys.stderr)
+        print(f"\n{str(interrupt) or 'stopped; the same command goes on from what is done'}", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
         return _fail(f"{error.name} is not installed: pip install 'prefopt_fast[train]'", 1)
@@ -145,7 +145,8 @@ def parse(config: type[Config], prog: str, arguments: Sequence[str]) -> Config:
     """
     from transformers import HfArgumentParser
 
-    parser = HfArgumentParser(config.__bases__, prog=prog, formatter_class=_HelpFormatter, allow_abbrev=False)
+    groups: Any = config.__bases__
+    parser = HfArgumentParser(groups, prog=prog, formatter_class=_HelpFormatter, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags win over it.")
     pre_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     pre_parser.add_argument("--config")

@@ -182,7 +182,7 @@ class TrainConfig(ModelOptions, DataOptions, ObjectiveOptions, LoraOptions, Comp
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}; found {self.objective!r}")
         alignment_stat(self.alignment)
-        parameters = ("beta",) if self.objective == "wspo" else ()
+        parameters: tuple[str, ...] = ("beta",) if self.objective == "wspo" else ()
         if self.objective != "wspo":
             accepted = inspect.signature(pairwise_loss(self.pairwise_loss_type).function).parameters
             parameters = tuple(option for option, name in _HYPERPARAMETERS.items() if name not in accepted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import sys
@@ -62,6 +63,7 @@ class MetricsLog:
             self._writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        values = {name: value for name, value in values.items() if math.isfinite(value)}  # JSON has no infinity
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         if self._writer is not None:
@@ -106,7 +108,11 @@ _PANELS = (
         "weight, share of pairs",
         {"wpo/weight": "mean", "wpo/effective_sample_size": "effective sample size"},
     ),
-    ("Transferred log-ratio", "nats per token", {"wspo/log_ratio": "γ · policy", "wspo/target": "weak pair"}),
+    (
+        "Transferred log-ratio",
+        "nats per token",
+        {"wspo/log_ratio": "policy, scaled by gamma", "wspo/target": "weak pair"},
+    ),
     ("WSPO residual", "nats per token", {"wspo/residual": "root mean square"}),
     ("Gradient norm", "before clipping", {"grad_norm": "norm"}),
     ("Learning rate", "", {"learning_rate": "learning rate"}),
@@ -128,7 +134,7 @@ def draw_curves(output_dir: Path, title: str) -> Path:
     panels = [panel for panel in _PANELS if names & set(panel[2])]
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    style = {
+    style: Any = {
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.grid": True,

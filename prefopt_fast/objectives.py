@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .batch import RESPONSES
 from .config import TrainConfig
 from .losses import pairwise_loss, preference_loss, wpo_loss, wpo_pair_weight, wspo_loss
 from .policy import unpack
@@ -43,27 +44,18 @@ def make_objective(options: TrainConfig) -> Objective:
 
 
 def _assemble(options: TrainConfig) -> Objective:
+    shared: dict[str, Any] = {"sft_weight": options.sft_weight}
     if options.objective == "wspo":
-        function = partial(
-            wspo,
-            gamma=0.1 if options.gamma is None else options.gamma,
-            level=options.level,
-            sft_weight=options.sft_weight,
-        )
-        return Objective(function, ("chosen",), (), ("ref", "weak_aligned", "weak_ref"))
+        shared |= {"gamma": 0.1 if options.gamma is None else options.gamma, "level": options.level}
+        return Objective(partial(wspo, **shared), ("chosen",), (), ("ref", "weak_aligned", "weak_ref"))
     loss_type = options.pairwise_loss_type
     frozen = () if pairwise_loss(loss_type).reference_free else ("ref",)
-    shared = {
-        "loss_type": loss_type,
-        "beta": options.beta,
-        "hyperparameters": options.hyperparameters,
-        "sft_weight": options.sft_weight,
-    }
+    shared |= {"loss_type": loss_type, "beta": options.beta, "hyperparameters": options.hyperparameters}
     if options.objective == "wpo":
         statistic = alignment_stat(options.alignment)
-        function = partial(wpo, alignment=options.alignment, clamp=options.clamp, **shared)
-        return Objective(function, ("chosen", "rejected"), () if statistic is None else (statistic,), frozen)
-    return Objective(partial(pairwise, **shared), ("chosen", "rejected"), (), frozen)
+        shared |= {"alignment": options.alignment, "clamp": options.clamp}
+        return Objective(partial(wpo, **shared), RESPONSES, () if statistic is None else (statistic,), frozen)
+    return Objective(partial(pairwise, **shared), RESPONSES, (), frozen)
 
 
 def pairwise(
@@ -73,12 +65,12 @@ def pairwise(
     loss_type: str,
     beta: float,
     hyperparameters: Mapping[str, float],
-    sft_weight: float = 0.0,
+    sft_weight: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Any member of the DPO family."""
-    chosen, rejected, *ref = _chosen_rejected(stats, cu_seqlens, frozen)
-    loss = preference_loss(chosen, rejected, *ref, loss_type=loss_type, beta=beta, **hyperparameters)
-    return _add_sft(loss, chosen, sft_weight), _reward_metrics(chosen, rejected, ref, beta)
+    chosen, rejected = _halves(stats, cu_seqlens, frozen)
+    loss = preference_loss(chosen.policy, rejected.policy, chosen.ref, rejected.ref, loss_type, beta, **hyperparameters)
+    return _add_sft(loss, chosen.policy, sft_weight), _reward_metrics(chosen, rejected, beta)
 
 
 def wpo(
@@ -90,16 +82,26 @@ def wpo(
     loss_type: str,
     beta: float,
     hyperparameters: Mapping[str, float],
-    sft_weight: float = 0.0,
+    sft_weight: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """WPO over any member of the DPO family."""
-    chosen, rejected, *ref = _chosen_rejected(stats, cu_seqlens, frozen)
-    weights = wpo_weights(stats, alignment, cu_seqlens).chunk(2)
-    loss = wpo_loss(chosen, rejected, *ref, *weights, loss_type, beta, clamp, **hyperparameters)
-    metrics = _reward_metrics(chosen, rejected, ref, beta)
-    weight = wpo_pair_weight(*weights, clamp)
-    metrics |= {"wpo/weight": weight, "wpo/squared_weight": weight.square()}
-    return _add_sft(loss, chosen, sft_weight), metrics
+    chosen, rejected = _halves(stats, cu_seqlens, frozen)
+    chosen_weight, rejected_weight = wpo_weights(stats, alignment, cu_seqlens).chunk(2)
+    loss = wpo_loss(
+        chosen.policy,
+        rejected.policy,
+        chosen.ref,
+        rejected.ref,
+        chosen_weight,
+        rejected_weight,
+        loss_type,
+        beta,
+        clamp,
+        **hyperparameters,
+    )
+    weight = wpo_pair_weight(chosen_weight, rejected_weight, clamp)
+    metrics = {"wpo/weight": weight, "wpo/squared_weight": weight.square()}
+    return _add_sft(loss, chosen.policy, sft_weight), _reward_metrics(chosen, rejected, beta) | metrics
 
 
 def wspo(
@@ -108,7 +110,7 @@ def wspo(
     frozen: Mapping[str, Tensor],  # (N,) each
     gamma: float,
     level: str,
-    sft_weight: float = 0.0,
+    sft_weight: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """WSPO on chosen responses.
 
@@ -116,49 +118,52 @@ def wspo(
     tokenizer takes part with that mean, spread over the policy's tokens.
     """
     chosen = sequence_logprobs(stats, cu_seqlens)
-    names = ("ref", "weak_aligned", "weak_ref")
-    mask, _ = unpack(stats.mask, cu_seqlens)
-    padded = [unpack(values, cu_seqlens)[0] for values in (stats.logprobs, *(frozen[name] for name in names))]
-    loss = wspo_loss(*padded, mask, gamma, level)
-    transferred = frozen["weak_aligned"] - frozen["weak_ref"]
+    policy, mask = unpack(stats.logprobs, cu_seqlens)
+    ref, aligned, weak = (unpack(frozen[name], cu_seqlens)[0] for name in ("ref", "weak_aligned", "weak_ref"))
+    loss = wspo_loss(policy, ref, aligned, weak, mask, gamma, level)
+    ratio = stats.logprobs.detach() - frozen["ref"]
+    target = frozen["weak_aligned"] - frozen["weak_ref"]
     metrics = {
         "wspo/residual": loss.detach().sqrt(),
-        "wspo/log_ratio": gamma * segment_sum(stats.logprobs.detach() - frozen["ref"], cu_seqlens) / chosen.length,
-        "wspo/target": segment_sum(transferred, cu_seqlens) / chosen.length,
+        "wspo/log_ratio": gamma * segment_sum(ratio, cu_seqlens) / chosen.length,
+        "wspo/target": segment_sum(target, cu_seqlens) / chosen.length,
         "logps/chosen": chosen.sum.detach(),
     }
     return _add_sft(loss, chosen, sft_weight), metrics
 
 
-def _chosen_rejected(
-    stats: TokenStats, cu_seqlens: Tensor, frozen: Mapping[str, Tensor]
-) -> tuple[SequenceLogprobs, SequenceLogprobs, Tensor | None, Tensor | None]:
-    """The policy's, then the reference's sums (None for reference-free losses), each (B,)."""
+class _Response(NamedTuple):
+    policy: SequenceLogprobs
+    ref: Tensor | None  # (B,) sums; None for reference-free losses
+
+    def reward(self, beta: float) -> Tensor:
+        """DPO's implicit reward β(log π − log π_ref); without a reference β · mean log-prob, as SimPO has it."""
+        return beta * (self.policy.mean if self.ref is None else self.policy.sum - self.ref).detach()
+
+
+def _halves(stats: TokenStats, cu_seqlens: Tensor, frozen: Mapping[str, Tensor]) -> tuple[_Response, _Response]:
+    """Chosen and rejected."""
     policy = sequence_logprobs(stats, cu_seqlens)
-    chosen, rejected = (SequenceLogprobs(*half) for half in zip(*(field.chunk(2) for field in policy), strict=True))
-    if "ref" not in frozen:
-        return chosen, rejected, None, None
-    return chosen, rejected, *segment_sum(frozen["ref"], cu_seqlens).chunk(2)
+    ref = segment_sum(frozen["ref"], cu_seqlens) if "ref" in frozen else None
+    half = len(policy.sum) // 2
+    chosen, rejected = (
+        _Response(SequenceLogprobs(*(field[part] for field in policy)), None if ref is None else ref[part])
+        for part in (slice(half), slice(half, None))
+    )
+    return chosen, rejected
 
 
 def _add_sft(loss: Tensor, chosen: SequenceLogprobs, sft_weight: float) -> Tensor:
     return loss - sft_weight * chosen.mean if sft_weight else loss
 
 
-def _reward_metrics(
-    chosen: SequenceLogprobs, rejected: SequenceLogprobs, ref: list[Tensor | None], beta: float
-) -> dict[str, Tensor]:
-    """DPO's implicit rewards β(log π − log π_ref); for reference-free losses β · mean log-prob, as SimPO has it."""
-    policy = (chosen, rejected)
-    rewards = [
-        beta * (response.mean if base is None else response.sum - base).detach()
-        for response, base in zip(policy, ref, strict=True)
-    ]
+def _reward_metrics(chosen: _Response, rejected: _Response, beta: float) -> dict[str, Tensor]:
+    margin = chosen.reward(beta) - rejected.reward(beta)
     return {
-        "rewards/chosen": rewards[0],
-        "rewards/rejected": rewards[1],
-        "rewards/margins": rewards[0] - rewards[1],
-        "rewards/accuracies": (rewards[0] > rewards[1]).to(rewards[0].dtype),
-        "logps/chosen": chosen.sum.detach(),
-        "logps/rejected": rejected.sum.detach(),
+        "rewards/chosen": chosen.reward(beta),
+        "rewards/rejected": rejected.reward(beta),
+        "rewards/margins": margin,
+        "rewards/accuracies": (margin > 0).to(margin.dtype),
+        "logps/chosen": chosen.policy.sum.detach(),
+        "logps/rejected": rejected.policy.sum.detach(),
     }

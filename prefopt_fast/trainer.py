@@ -485,10 +485,10 @@ def _hold_out(config: TrainConfig, count: int) -> tuple[list[int], list[int]]:
     return sorted(order[held_out:]), sorted(order[:held_out])
 
 
-def _build_policy(config: TrainConfig, resumed: Path | None) -> nn.Module:
+def _build_policy(config: TrainConfig, resumed: Path | None) -> Any:
     """From the checkpoint's weights, or the starting model's with fresh adapters."""
     start = str(resumed) if resumed is not None and not config.use_peft else config.model
-    model = load_model(start, config.dtype, config.trust_remote_code, config.attn_implementation)
+    model: Any = load_model(start, config.dtype, config.trust_remote_code, config.attn_implementation)
     for parameter in model.parameters():
         # transformers maps weights from their file, at any alignment, and products round by alignment: a resumed run
         # would differ in the last bit. Copies are aligned, and keep the file from being needed.
@@ -520,7 +520,7 @@ def _disable_dropout(model: nn.Module) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+            module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
 def _build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:

@@ -1,0 +1,167 @@
+"""The command: help, options from YAML and flags, exit statuses, and messages in place of tracebacks."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+from prefopt_fast import cli
+from prefopt_fast.cli import main, parse
+from prefopt_fast.config import ScoreConfig, TrainConfig
+
+REQUIRED = ["--model", "m", "--dataset", "d", "--objective", "dpo", "--output-dir", "o"]
+
+
+def parsed(*arguments: str) -> TrainConfig:
+    return parse(TrainConfig, "prefopt-fast train", arguments)
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture) -> None:
+    assert main([]) == main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(printed.count(f"\n  {command} ") == 2 for command in cli.COMMANDS)
+
+
+def test_help_needs_no_extra() -> None:
+    """In a process of its own, through the module: neither help nor version imports transformers."""
+    program = (
+        "import sys; from prefopt_fast.cli import main; "
+        "assert main(['--help']) == main(['--version']) == 0; assert 'transformers' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: prefopt-fast COMMAND")
+
+
+def test_train_help_lists_every_option_once(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--help"])
+    assert stopped.value.code == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    options = [line[0].replace("[no-]", "") for line in lines if line and line[0].startswith("--")]
+    names = [option.lstrip("-").replace("-", "_") for option in options]
+    assert sorted(names) == sorted(["config", *(field.name for field in dataclasses.fields(TrainConfig))])
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        "objective: wpo\nmodel: there\ndataset: d\noutput_dir: o\nlearning_rate: 1e-5\nclamp: false\n"
+        "beta: 0.01\nlora_target_modules: [q_proj, v_proj]\nuse_peft: true\neval_steps: null\nmax_steps: -1\n"
+    )
+    config = parsed("--model", "here", "--config", str(file), "--beta=0.02", "--bf16")
+    assert (config.model, config.beta, config.bf16) == ("here", 0.02, True)
+    assert (config.learning_rate, config.clamp, config.eval_steps) == (1e-5, False, None)
+    assert config.lora_target_modules == ["q_proj", "v_proj"]
+    assert parsed("--config", str(file), "--clamp").clamp is True
+
+
+def test_both_spellings_and_switches() -> None:
+    config = parsed(*REQUIRED, "--max_length", "7", "--no-disable-dropout", "--grad-tolerance", "0.004,0.001")
+    assert (config.max_length, config.disable_dropout) == (7, False)
+    assert config.head_tolerance == (0.004, 0.001)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("learning_rte: 1\n", r"config .*file.yaml has unknown options learning_rte \(did you mean learning_rate\?\)"),
+        ("- 1\n", r"must be a mapping of options, found list"),
+        ("a: [\n", r"is not YAML"),
+    ],
+)
+def test_bad_file(tmp_path: Path, capsys: pytest.CaptureFixture, content: str, message: str) -> None:
+    file = tmp_path / "file.yaml"
+    file.write_text(content)
+    assert main(["train", "--config", str(file)]) == 1
+    assert_error(capsys, message)
+
+
+def test_missing_file(capsys: pytest.CaptureFixture) -> None:
+    assert main(["train", *REQUIRED, "--config", "no.yaml"]) == 1
+    assert_error(capsys, r"config no.yaml does not exist")
+
+
+def test_wrong_flags(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "file.yaml").write_text("max_steps: many\n")
+    for arguments, message in (
+        (["--learning-rte", "1"], r"unknown --learning-rte, 1 \(did you mean learning_rate\?\)"),
+        (["--level", "word"], r"invalid choice: 'word'"),
+        (["--config", str(tmp_path / "file.yaml")], r"--max[-_]steps: invalid int value: 'many'"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(["train", *REQUIRED, *arguments])
+        assert stopped.value.code == 2
+        assert_error(capsys, message)
+
+
+def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["trian"]) == 2
+    assert_error(capsys, r"command must be one of train, score, demo, bench; found 'trian'")
+    output = tmp_path / "out"
+    arguments = ["train", "--model", "./none", "--dataset", "d", "--objective", "dpo", "--output-dir", str(output)]
+    assert main(arguments) == 1
+    assert_error(capsys, r"\./none does not exist")
+    assert not output.exists()
+    assert main([*arguments, "--gamma", "1"]) == 1
+    assert_error(capsys, r"objective dpo makes no use of gamma")
+
+
+def test_errors_from_elsewhere_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cli.COMMANDS, "train", lambda _: int("a defect"))  # type: ignore[arg-type, return-value]
+    with pytest.raises(ValueError, match="a defect"):
+        main(["train"])
+
+
+def test_missing_extra_and_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def needs_more(_: object) -> int:
+        raise ModuleNotFoundError("No module named 'peft'", name="peft")
+
+    def interrupted(_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "train", needs_more)
+    assert main(["train"]) == 1
+    assert_error(capsys, r"peft is not installed: pip install 'prefopt_fast\[train\]'")
+    monkeypatch.setitem(cli.COMMANDS, "train", interrupted)
+    assert main(["train"]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+
+
+def test_bench_outside_a_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "prefopt_fast" / "cli.py"))
+    assert main(["bench"]) == 1
+    assert_error(capsys, r"clone the repository and install it")
+
+
+def test_score_then_train_from_the_command_line(tmp_path: Path) -> None:
+    """The one test through the installed module and a process of its own."""
+    model, pairs = tiny.make_model(tmp_path / "model"), tiny.make_pairs(tmp_path / "pairs.json", 4)
+    store, output = tmp_path / "store", tmp_path / "out"
+    assert main(["score", "--model", model, "--dataset", pairs, "--out", str(store), "--responses", "chosen"]) == 0
+    command = [sys.executable, "-m", "prefopt_fast", "train", "--objective", "wspo", "--model", model]
+    command += ["--dataset", pairs, "--output-dir", str(output), "--max-steps", "2"]
+    command += [f"--{name}-logprobs={store}" for name in ("ref", "weak-aligned", "weak-ref")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert f"model in {output}" in done.stdout and "residual" in done.stderr
+    lines = tiny.read_metrics(output)
+    assert [line["step"] for line in lines] == [1, 2] and lines[0]["loss"] == pytest.approx(0.0, abs=1e-10)
+    assert json.loads((output / "run.json").read_text())["finished"] is True
+
+
+def test_score_options() -> None:
+    config = parse(ScoreConfig, "prefopt-fast score", ["--model", "m", "--dataset", "d", "--out", "o"])
+    assert (config.responses, config.batch_size, config.max_length) == (["chosen", "rejected"], 8, 1024)
+
+
+def assert_error(capsys: pytest.CaptureFixture, message: str) -> None:
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert len(errors) == 1 and re.search(message, errors[0]), errors
