@@ -1,0 +1,347 @@
+"""Everything a GPU can tell, in one command of at most ten minutes: correct, tuned, timed, compared, plotted.
+
+``make gpu-bench`` checks the kernels against float64, tunes their configurations where asked (``ARGS=--tune``), and
+times them beside every peer that can be imported: the most important cases first, as many as the time allows, and what
+was left out is named. Results are written after every case, so that a run cut off keeps what it measured.
+``--device cpu --quick`` takes the same way through tiny problems, to test this script.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gpu_checks
+import gpu_tables
+import gpu_tune
+import inputs
+import peers
+import torch
+from inputs import Problem
+from peers import Peer
+from prefopt_fast.kernels import configs
+
+ROOT = Path(__file__).parents[1]
+SHAPES = {  # name: (V, H), by falling importance
+    "Llama-3 8B": (128_256, 4096),
+    "Qwen2.5 7B": (151_936, 3584),
+    "Gemma-2 2B": (256_000, 2304),
+    "Qwen2.5 0.5B": (151_936, 896),
+}
+TOKENS = (8192, 2048, 32_768, 4096, 16_384, 65_536)  # by falling importance
+QUICK_SHAPES = {"tiny": (256, 32), "wide": (512, 16)}
+QUICK_TOKENS = (64, 32)
+MODES = ("trainable", "frozen", "forward", "forward_wpo")  # forward and backward; forward alone; with log Σ p² as well
+PRODUCT_TOKENS = 8192  # of one bare product
+FLUSH_BYTES = 256 << 20  # several times any L2 cache
+
+
+class Case(NamedTuple):
+    shape: str
+    tokens: int
+    mode: str
+    peer: Peer
+
+
+class Bench:
+    """The results, the time left, and the device everything runs on."""
+
+    def __init__(self, device: str, out: Path, minutes: float, quick: bool) -> None:
+        self.device, self.out, self.quick = device, out, quick
+        self.started = time.monotonic()
+        self.seconds = 60 * minutes
+        # The torch path stands in for the kernels on a CPU, unless Triton interprets them.
+        self.backend = "triton" if device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1" else "torch"
+        self.shapes = QUICK_SHAPES if quick else SHAPES
+        self.tokens = QUICK_TOKENS if quick else TOKENS
+        self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        self.flush = torch.empty(FLUSH_BYTES if device == "cuda" else 1, dtype=torch.int8, device=device)
+        self.problems: dict[str, Problem] = {}
+        self.results: dict[str, Any] = {
+            "environment": environment(device, self.backend),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "checks": [],
+            "tuned": None,
+            "products": [],
+            "cases": [],
+            "left_out": [],
+        }
+
+    @property
+    def left(self) -> float:
+        """Seconds until the time is up."""
+        return self.seconds - (time.monotonic() - self.started)
+
+    def log(self, message: str) -> None:
+        print(f"[{time.monotonic() - self.started:6.1f} s] {message}", flush=True)
+
+    def save(self) -> None:
+        partial = self.out / "gpu_bench.partial"
+        partial.write_text(json.dumps(self.results, indent=1) + "\n")
+        partial.replace(self.out / "gpu_bench.json")
+
+    def problem(self, shape: str, tokens: int) -> Problem:
+        if shape not in self.problems:
+            vocab, hidden_size = self.shapes[shape]
+            self.problems[shape] = inputs.synthetic(
+                max(self.tokens), vocab, hidden_size, dtype=self.dtype, device=self.device, name=shape
+            )
+            self.log(f"made {shape}: {max(self.tokens)} tokens, V {vocab}, H {hidden_size}")
+        return self.problems[shape].first(tokens)
+
+    def check(self) -> None:
+        for check in gpu_checks.run_checks(self.device, self.backend, self.quick):
+            self.log(
+                f"{'ok    ' if check.passed else 'FAILED'} {check.name}: {check.error:.3g}, limit {check.limit:.3g}"
+            )
+            self.results["checks"].append({**check._asdict(), "passed": check.passed})
+            self.save()
+        self.free()
+
+    def tune(self, seconds: float) -> None:
+        def milliseconds(step: Callable[[], Any]) -> float:
+            return statistics.median(self.time(step, seconds=0.1))
+
+        table = gpu_tune.tune(self.device, self.backend, seconds, self.quick, milliseconds, self.log)
+        text = gpu_tune.to_json(table)
+        (self.out / "configs.json").write_text(text)
+        if not self.quick:
+            (ROOT / "kernels" / "configs.json").write_text(text)
+        self.results["tuned"] = table[configs.architecture(torch.device(self.device))]
+        self.save()
+        self.free()
+
+    def measure(self) -> None:
+        """Every case in the order of its importance, until the time is up."""
+        slow: dict[tuple[str, str, str], float] = {}  # seconds per token of what was measured already
+        for case in self.cases():
+            key = (case.shape, case.mode, case.peer.name)
+            name = f"{case.shape}, N {case.tokens}, {case.mode}, {case.peer.name}"
+            # Six calls and what surrounds them; a first call compiles.
+            needed = 2 + 6 * slow.get(key, 0.0) * case.tokens + 40 * (case.peer.compiled and not self.quick)
+            if needed > self.left:
+                self.results["left_out"].append(name)
+                continue
+            self.product(case)
+            record = {"shape": case.shape, "tokens": case.tokens, "mode": case.mode, "method": case.peer.name}
+            record |= {"note": case.peer.note, **self.run(case)}
+            self.results["cases"].append(record)
+            if "ms" in record:
+                slow[key] = record["ms"] / 1000 / case.tokens
+                self.log(f"{name}: {record['ms']:.3f} ms, {record['extra_mib']:.0f} MiB extra")
+            else:
+                self.log(f"{name}: {record['absent']}")
+            self.save()
+        if self.results["left_out"]:
+            self.log(f"left out for want of time: {len(self.results['left_out'])} cases")
+        self.save()
+
+    def cases(self) -> Iterator[Case]:
+        ours, others = methods(self.device, self.backend)
+        plain = [peer for peer in others if not peer.compiled]
+        compiled = [] if self.quick else [peer for peer in others if peer.compiled]
+        first, *rest = self.shapes
+        yield from self.grid([first], self.tokens[0], MODES, [*ours, *plain, *compiled])
+        yield from self.grid(rest, self.tokens[0], MODES, [*ours, *plain])
+        for tokens in self.tokens[1:]:
+            for shape in self.shapes:
+                yield from self.grid([shape], tokens, MODES[:3], [*ours, *plain])
+        yield from self.grid(rest, self.tokens[0], MODES[:2], compiled)
+
+    def grid(self, shapes: list[str], tokens: int, modes: tuple[str, ...], methods: list[Peer]) -> Iterator[Case]:
+        for shape in shapes:
+            for mode in modes:
+                for peer in methods:
+                    if runs_in(peer, mode):
+                        yield Case(shape, tokens, mode, peer)
+
+    def product(self, case: Case) -> None:
+        """The rate of the bare product of a shape, once for each number of tokens up to PRODUCT_TOKENS."""
+        tokens = min(case.tokens, PRODUCT_TOKENS)
+        if any((p["shape"], p["tokens"]) == (case.shape, tokens) for p in self.results["products"]):
+            return
+        problem = self.problem(case.shape, tokens)
+        out = problem.hidden.new_empty(tokens, problem.vocab)
+        ms = statistics.median(self.time(lambda: torch.mm(problem.hidden, problem.weight.T, out=out), seconds=0.5))
+        tflops = problem.product_flops / ms * 1e-9
+        self.log(f"{case.shape}, N {tokens}, bare product: {ms:.3f} ms, {tflops:.0f} TFLOP/s")
+        self.results["products"].append({"shape": case.shape, "tokens": tokens, "ms": ms, "tflops": tflops})
+
+    def run(self, case: Case) -> dict[str, Any]:
+        """Median and quartiles of the time, and the peak of memory; or why there is none."""
+        problem = self.problem(case.shape, case.tokens).leaves(train_head=case.mode == "trainable")
+        if case.mode == "forward_wpo":
+            problem = problem.with_stats("log_sum_sq_probs")
+
+        def step() -> None:
+            if case.mode.startswith("forward"):
+                with torch.no_grad():
+                    case.peer.forward(problem)
+            else:
+                peers.backward(case.peer.forward(problem), problem)
+
+        absent = None
+        try:
+            step()  # compiles
+            extra = self.extra_bytes(step, problem)
+            times = self.time(step, lambda: peers.clear_gradients(problem))
+        except peers.Absent as reason:
+            return {"absent": str(reason)}
+        except torch.OutOfMemoryError:
+            absent = "out of memory"
+        except Exception as error:  # a peer's, or ours: the others are still worth their time
+            absent = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:300]
+            if "CUDA error" in absent:
+                raise  # the context is gone, and with it every later case
+        finally:
+            peers.clear_gradients(problem)
+        if absent:
+            self.free()
+            return {"absent": absent}
+        quartiles = statistics.quantiles(times, n=4)
+        ms = statistics.median(times)
+        # Recomputed logits are not counted: one product forward, one for each gradient.
+        products = {"trainable": 3, "frozen": 2}.get(case.mode, 1)
+        return {
+            "ms": ms,
+            "quartiles_ms": [quartiles[0], quartiles[2]],
+            "repetitions": len(times),
+            "extra_mib": extra / 2**20,
+            "tflops": products * problem.product_flops / ms * 1e-9,
+        }
+
+    def extra_bytes(self, step: Callable[[], Any], problem: Problem) -> int:
+        """Peak memory above the inputs and the gradients that are left; 0 on a CPU, whose allocator does not count."""
+        if self.device != "cuda":
+            step()
+            return 0
+        peers.clear_gradients(problem)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        gradients = [g for g in (problem.hidden.grad, problem.weight.grad) if g is not None]
+        return torch.cuda.max_memory_allocated() - before - sum(g.nbytes for g in gradients)
+
+    def time(
+        self, step: Callable[[], Any], prepare: Callable[[], Any] = lambda: None, seconds: float = 0.4
+    ) -> list[float]:
+        """Milliseconds of each call, 3 to 20 of them in about ``seconds``, the L2 cache flushed before each."""
+        times: list[float] = []
+        self.time_once(step, prepare)
+        while len(times) < 3 or (len(times) < 20 and sum(times) < 1000 * seconds):
+            times.append(self.time_once(step, prepare))
+        return times
+
+    def time_once(self, step: Callable[[], Any], prepare: Callable[[], Any]) -> float:
+        prepare()
+        if self.device != "cuda":
+            start = time.perf_counter()
+            step()
+            return 1000 * (time.perf_counter() - start)
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.flush.zero_()
+        before.record()
+        step()
+        after.record()
+        torch.cuda.synchronize()
+        return before.elapsed_time(after)
+
+    def free(self) -> None:
+        """Return what an exception's frames held, or what other cases cannot use."""
+        gc.collect()
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def methods(device: str, backend: str) -> tuple[list[Peer], list[Peer]]:
+    """Ours at each tolerance, and everybody else's."""
+    ours = [
+        Peer("prefopt_fast, 2⁻⁸", peers.ours(2.0**-8, backend), 'grad_tolerance = 2⁻⁸: "auto" for bf16'),
+        Peer("prefopt_fast, 2⁻⁶", peers.ours(2.0**-6, backend), "grad_tolerance = 2⁻⁶"),
+        Peer("prefopt_fast, exact", peers.ours(0.0, backend), "grad_tolerance = 0"),
+    ]
+    floor = {peer.name for peer in (*peers.our_peers(device), peers.PRODUCT)}
+    return ours, [peer for peer in peers.all_peers(device) if peer.name not in floor]
+
+
+def runs_in(peer: Peer, mode: str) -> bool:
+    """Without a gradient all our tolerances are one, and Liger's loss computes its gradients in the forward."""
+    if not mode.startswith("forward"):
+        return True
+    return peer.name == "prefopt_fast, exact" or not peer.name.startswith(("prefopt_fast", "Liger"))
+
+
+def environment(device: str, backend: str) -> dict[str, Any]:
+    def installed(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    packages = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy")
+    found: dict[str, Any] = {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "device": platform.processor() or platform.machine(),
+        "backend": backend,
+        "python": platform.python_version(),
+        "versions": {package: installed(package) for package in packages},
+    }
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        found["device"] = properties.name
+        found["architecture"] = configs.architecture(torch.device("cuda", 0))
+        found["memory_gib"] = round(properties.total_memory / 2**30, 1)
+        found["multiprocessors"] = properties.multi_processor_count
+        found["cuda"] = torch.version.cuda or torch.version.hip
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--quick", action="store_true", help="tiny problems, to test this script")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time for everything, checks and tuning included")
+    parser.add_argument("--parts", nargs="+", choices=("check", "measure"), default=["check", "measure"])
+    parser.add_argument("--tune", action="store_true", help="rewrite kernels/configs.json for this architecture")
+    parser.add_argument("--tune-minutes", type=float, default=3.0)
+    parser.add_argument("--out", type=Path, help="folder of the results; by default benchmarks/results/<device>")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no GPU that torch can use; --device cpu --quick tests this script without one")
+
+    name = environment(options.device, "")["device"]
+    out = options.out or ROOT / "benchmarks" / "results" / re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower()
+    out.mkdir(parents=True, exist_ok=True)
+    bench = Bench(options.device, out, options.minutes, options.quick)
+    bench.log(json.dumps(bench.results["environment"]))
+    try:
+        if "check" in options.parts:
+            bench.check()
+        if options.tune:
+            bench.tune(60 * options.tune_minutes)
+        if "measure" in options.parts:
+            bench.measure()
+    finally:
+        bench.save()
+        print(gpu_tables.write(bench.results, out), flush=True)
+    failed = [check["name"] for check in bench.results["checks"] if not check["passed"]]
+    for check in failed:
+        print(f"FAILED {check}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
