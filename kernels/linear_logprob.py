@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -25,13 +25,16 @@ from .sampled_grad import BLOCKS_PER_CHUNK, draw_slots, frequent_columns, sample
 from .tiles import (
     LN2,
     VARYING_SIZES,
+    Specialization,
     base2_logits,
     dot_precision,
     grad_of_product,
+    has_tma,
     load_tile,
     operand,
     operand_type,
     processors,
+    specialize,
     tma_available,
 )
 
@@ -679,48 +682,30 @@ def linear_logprob(
     return {"logprobs": logprobs, **outputs}, None
 
 
-class Specialization(NamedTuple):
-    """One kernel as it is compiled: hand ``ASTSource(kernel, signature, constexprs)`` to ``triton.compile``."""
-
-    name: str
-    kernel: Any
-    signature: dict[str, str]
-    constexprs: dict[str, Any]
-    divisible: tuple[str, ...]  # arguments that are multiples of 16, as pointers and hidden sizes are
-    config: configs.Config
-
-
 def aot_signatures(arch: str) -> Iterator[Specialization]:
     """Each kernel in each configuration that ``arch`` ("sm_90", "gfx942", …) runs, with WPO's statistics asked for."""
-    tma = arch.startswith("sm_") and int(arch[3:]) >= 90
+    tma = has_tma(arch)
+    shared = {"bias": None, "HAS_SOFTCAP": False, "TMA": tma, "PRECISION": "ieee", "GROUP": TOKEN_BLOCKS_PER_GROUP}
+    stats = {"SUM_SQ": True, "ENTROPY": False, "SUM": False}
     for bits, dtype in (("16", "bf16"), ("32", "fp32")):
         for max_hidden, config in configs.entries("forward", arch, bits):
-            yield Specialization(
-                f"forward_{dtype}_h{max_hidden or 'any'}",
-                _forward_kernel,
-                {
-                    "hidden": operand_type(dtype, config.block_n, config.block_h, tma),
-                    "weight": operand_type(dtype, config.block_v, config.block_h, tma),
-                    "targets": "*i64",
-                    **dict.fromkeys(("partials", "target_logits"), "*fp32"),
-                    **dict.fromkeys(("n_tokens", "vocab_size", "hidden_size", "n_splits", "tiles_per_split"), "i32"),
-                    **dict.fromkeys(("scale", "softcap"), "fp32"),
-                },
-                {
-                    "bias": None,
-                    "seed": None,
-                    "column_sq": None,
-                    "HAS_SOFTCAP": False,
-                    "SUM_SQ": True,
-                    "ENTROPY": False,
-                    "SUM": False,
-                    "TMA": tma,
-                    "PRECISION": "ieee",
-                    "GROUP": TOKEN_BLOCKS_PER_GROUP,
-                    "BLOCK_N": config.block_n,
-                    "BLOCK_V": config.block_v,
-                    "BLOCK_H": config.block_h,
-                },
-                ("targets", "partials", "target_logits", "hidden_size") + (() if tma else ("hidden", "weight")),
-                config,
-            )
+            name = f"{dtype}_h{max_hidden or 'any'}"
+            types = {
+                "hidden": operand_type(dtype, config.block_n, config.block_h, tma),
+                "weight": operand_type(dtype, config.block_v, config.block_h, tma),
+                "targets": "*i64",
+                **dict.fromkeys(("partials", "target_logits", "seed"), "*fp32"),
+                "column_sq": "*bf16",
+            }
+            plain = {**shared, **stats, "seed": None, "column_sq": None}
+            yield specialize(f"forward_{name}", _forward_kernel, config, types, plain)
+            yield specialize(f"forward_columns_{name}", _forward_kernel, config, types, {**shared, **stats})
+        for max_hidden, config in configs.entries("grad_logits", arch, bits):
+            types = {
+                "hidden": operand_type(dtype, config.block_n, config.block_h, tma),
+                "weight": operand_type(dtype, config.block_v, config.block_h, tma),
+                "targets": "*i64",
+                "token_factors": "*fp32",
+                "grad_logits": operand_type(dtype, config.block_n, config.block_v, tma),
+            }
+            yield specialize(f"grad_logits_{dtype}_h{max_hidden or 'any'}", _grad_logits_kernel, config, types, shared)

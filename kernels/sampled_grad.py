@@ -17,6 +17,7 @@ it is taken out of dhidden again, which removes its part of the error and change
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,18 @@ from torch import Tensor
 
 from . import configs
 from .sparse_grad import select_columns
-from .tiles import VARYING_SIZES, dot_precision, grad_of_product, load_tile, operand, tma_available
+from .tiles import (
+    VARYING_SIZES,
+    Specialization,
+    dot_precision,
+    grad_of_product,
+    has_tma,
+    load_tile,
+    operand,
+    operand_type,
+    specialize,
+    tma_available,
+)
 
 BLOCKS_PER_CHUNK = 4  # of the forward's token blocks: wider chunks need more columns, narrower ones more traffic
 WORKSPACE_BYTES = 256 << 20  # of ∂loss/∂logits on the kept columns
@@ -456,3 +468,31 @@ def order_by_chunks(
     bits = torch.arange(len(positions), device=positions.device) % 62
     kept = (positions >= 0).long() << bits[:, None]
     return kept.sum(0).argsort(stable=True).int()
+
+
+def aot_signatures(arch: str) -> Iterator[Specialization]:
+    """Each kernel in each configuration that ``arch`` ("sm_90", "gfx942", …) runs."""
+    tma = has_tma(arch)
+    for bits, dtype in (("16", "bf16"), ("32", "fp32")):
+        (_, forward_config), *_ = configs.entries("forward", arch, bits)
+        shared = {"PRECISION": "ieee", "CHUNK": BLOCKS_PER_CHUNK * forward_config.block_n}
+        matrices = dict.fromkeys(("weight", "hidden", "grad_logits", "dhidden", "dweight"), f"*{dtype}")
+        vectors = {
+            **dict.fromkeys(("columns", "tile_chunks", "first_slots", "order", "positions", "target_slots"), "*i32"),
+            **dict.fromkeys(("weights", "token_factors", "center"), "*fp32"),
+            "rows": "*i64",
+        }
+        absent = dict.fromkeys(("bias", "dbias", "unit"))
+        for kernel, name, constexprs in (
+            (_sampled_grad_logits_kernel, "sampled_grad_logits", {"HAS_SOFTCAP": False, "TMA": tma}),
+            (_sampled_dhidden_kernel, "sampled_dhidden", {}),
+            (_sampled_dweight_kernel, "sampled_dweight", {"ACCUMULATE": False}),
+        ):
+            for max_hidden, config in configs.entries(name, arch, bits):
+                types = {**matrices, **vectors}
+                constants = {**shared, **constexprs, **{a: None for a in absent if a in kernel.arg_names}}
+                if name == "sampled_grad_logits":
+                    types["hidden"] = operand_type(dtype, config.block_n, config.block_h, tma)
+                if name == "sampled_dhidden":
+                    constants["BLOCK_S"] = config.block_v
+                yield specialize(f"{name}_{dtype}_h{max_hidden or 'any'}", kernel, config, types, constants)

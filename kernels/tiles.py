@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .configs import Config
 
 LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
 LN2: tl.constexpr = tl.constexpr(math.log(2.0))
@@ -93,6 +95,40 @@ def operand(matrix: Tensor, block: list[int], tma: bool) -> Any:
 def dot_precision() -> str:
     """How fp32 products are computed: by torch's own switch, as torch.mm would."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+class Specialization(NamedTuple):
+    """One kernel as it is compiled: hand ``ASTSource(kernel, signature, constexprs)`` to ``triton.compile``."""
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    divisible: tuple[str, ...]  # arguments that are multiples of 16, as pointers and hidden sizes are
+    config: Config
+
+
+def specialize(
+    name: str, kernel: Any, config: Config, types: dict[str, str], constexprs: dict[str, Any]
+) -> Specialization:
+    """``types`` names the operands; other arguments are floats (``scale``, ``softcap``) or integers."""
+    blocks = {"BLOCK_N": config.block_n, "BLOCK_V": config.block_v, "BLOCK_H": config.block_h}
+    constexprs = {**{block: size for block, size in blocks.items() if block in kernel.arg_names}, **constexprs}
+    signature = {
+        argument: types.get(argument, "fp32" if argument in ("scale", "softcap") else "i32")
+        for argument in kernel.arg_names
+        if argument not in constexprs
+    }
+    divisible = tuple(
+        argument
+        for argument, kind in signature.items()
+        if kind.startswith("*") or argument in ("hidden_size", "grad_stride")
+    )
+    return Specialization(name, kernel, signature, constexprs, divisible, config)
+
+
+def has_tma(arch: str) -> bool:
+    return arch.startswith("sm_") and int(arch[3:]) >= 90
 
 
 def operand_type(dtype: str, rows: int, columns: int, tma: bool) -> str:
