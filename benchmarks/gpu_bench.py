@@ -110,11 +110,11 @@ class Bench:
             self.save()
         self.free()
 
-    def tune(self, seconds: float) -> None:
+    def tune(self, names: list[str], seconds: float) -> None:
         def milliseconds(step: Callable[[], Any]) -> float:
             return statistics.median(self.time(step, seconds=0.1))
 
-        table = gpu_tune.tune(self.device, self.backend, seconds, self.quick, milliseconds, self.log)
+        table = gpu_tune.tune(self.device, self.backend, seconds, names, self.quick, milliseconds, self.log)
         text = gpu_tune.to_json(table)
         (self.out / "configs.json").write_text(text)
         if not self.quick:
@@ -315,7 +315,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="tiny problems, to test this script")
     parser.add_argument("--minutes", type=float, default=9.0, help="time for everything, checks and tuning included")
     parser.add_argument("--parts", nargs="+", choices=("check", "measure"), default=["check", "measure"])
-    parser.add_argument("--tune", action="store_true", help="rewrite kernels/configs.json for this architecture")
+    parser.add_argument(
+        "--tune",
+        nargs="*",
+        choices=gpu_tune.KERNELS,
+        metavar="KERNEL",
+        help="rewrite kernels/configs.json for this architecture: all kernels, or those named",
+    )
     parser.add_argument("--tune-minutes", type=float, default=3.0)
     parser.add_argument("--out", type=Path, help="folder of the results; by default benchmarks/results/<device>")
     options = parser.parse_args(arguments)
@@ -330,8 +336,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if "check" in options.parts:
             bench.check()
-        if options.tune:
-            bench.tune(60 * options.tune_minutes)
+        if options.tune is not None:
+            bench.tune(options.tune or list(gpu_tune.KERNELS), 60 * options.tune_minutes)
         if "measure" in options.parts:
             bench.measure()
     finally:

@@ -153,9 +153,10 @@ def _opchecks(device: str) -> Iterator[Check]:
     """torch.library.opcheck of the forward operator, through whose autograd registration the backward is reached."""
     case = Case(24, 96, 32, torch.float32 if device == "cpu" else torch.bfloat16)
     hidden, weight, _, targets, _ = _problem(case, device)
-    operands = (hidden.requires_grad_(), weight.requires_grad_(), None, targets, 1.0, None, "log_sum_sq_probs", -100)
-    torch.library.opcheck(torch.ops.prefopt_fast.linear_logprob.default, operands)
-    yield Check("opcheck of prefopt_fast::linear_logprob", 0.0, 0.0)
+    for tolerance in (0.0, 2.0**-6):
+        operands = (hidden.requires_grad_(), weight.requires_grad_(), None, targets, 1.0, None, "log_sum_sq_probs")
+        torch.library.opcheck(torch.ops.prefopt_fast.linear_logprob.default, (*operands, -100, tolerance, 0))
+        yield Check(f"opcheck of prefopt_fast::linear_logprob at tolerance {tolerance}", 0.0, 0.0)
 
 
 def _size_checks(device: str, backend: str) -> Iterator[Check]:

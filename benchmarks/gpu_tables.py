@@ -189,14 +189,15 @@ def _curves(results: Results, path: Path, field: str, label: str) -> None:
         1, len(shapes), figsize=(4.2 * len(shapes), 4.4), squeeze=False, layout="constrained"
     )
     for axis, shape in zip(axes[0], shapes, strict=True):
+        tokens = sorted(_unique(results, "tokens", shape=shape))
         for method, colour in colours.items():
-            found = [
-                find(results, shape, n, "trainable", method) for n in sorted(_unique(results, "tokens", shape=shape))
-            ]
+            found = [find(results, shape, n, "trainable", method) for n in tokens]
             points = [(case["tokens"], case[field]) for case in found if case]
             if points:
                 axis.plot(*zip(*points, strict=True), "o-", color=colour, label=method)
         axis.set(title=shape, xlabel="tokens", xscale="log", yscale="log" if field == "ms" else "symlog")
+        axis.set_xticks(tokens, [f"{n // 1024}k" if n >= 1024 else str(n) for n in tokens])
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel(label)
     handles = dict(pair[::-1] for axis in axes[0] for pair in zip(*axis.get_legend_handles_labels(), strict=True))

@@ -1,7 +1,7 @@
 """The offline tuner of kernels/configs.json, the table of launch configurations: ``make gpu-bench ARGS=--tune``.
 
-A kernel is timed inside the call that launches it, on 16-bit operands of a small and a large hidden size, one
-candidate after the other until the time is up. The fastest become the table's lines for this architecture.
+A kernel is timed inside the call that launches it, on 16-bit operands of a large and a small hidden size, one candidate
+after the other until the time is up. The fastest become the table's lines for this architecture.
 """
 
 from __future__ import annotations
@@ -12,39 +12,61 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import inputs
 import torch
+from inputs import Problem
 from prefopt_fast.kernels import configs
 
 import prefopt_fast as pf
 
-SHAPES = {2048: (151_936, 896), None: (128_256, 4096)}  # max_hidden of a line of the table: the (V, H) it is tuned on
+SHAPES = {None: (128_256, 4096), 2048: (151_936, 896)}  # max_hidden of a line of the table: the (V, H) it is tuned on
 TOKENS = 8192
 QUICK_SHAPES = {None: (96, 32)}
 QUICK_TOKENS = 32
 SHARED_BYTES = 227 * 1024
+SAMPLED = 2.0**-8  # the tolerance at which sampled gradients are tuned
 
 
-def candidates(quick: bool) -> Iterator[configs.Config]:
-    """Tiles by falling promise, with at most 128 accumulators per thread and stages that fit into shared memory."""
-    if quick:
-        yield configs.Config(16, 16, 16, 4, 1)
-        return
-    tiles = ((128, 256), (256, 128), (128, 128), (64, 256))
-    for (block_n, block_v), num_warps, block_h, num_stages in itertools.product(
-        tiles, (8, 4), (64, 128, 32), (3, 4, 2)
-    ):
-        accumulators = block_n * block_v / (32 * num_warps)
-        if 64 <= accumulators <= 128 and 2 * block_h * (block_n + block_v) * num_stages < SHARED_BYTES:
-            yield configs.Config(block_n, block_v, block_h, num_warps, num_stages)
+class Kernel(NamedTuple):
+    """How to tune a kernel: the sizes of its product by the fields of its configuration, and the call that runs it.
+
+    ``train`` are the operands whose gradients the call computes; none for the forward.
+    """
+
+    rows: str
+    columns: str
+    inner: str
+    train: tuple[str, ...] = ()
+    tolerance: float = 0.0
+
+
+KERNELS = {
+    "forward": Kernel("block_n", "block_v", "block_h"),
+    "grad_logits": Kernel("block_n", "block_v", "block_h", ("hidden",)),
+    "sampled_grad_logits": Kernel("block_n", "block_v", "block_h", ("hidden",), SAMPLED),
+    "sampled_dhidden": Kernel("block_n", "block_h", "block_v", ("hidden",), SAMPLED),
+    "sampled_dweight": Kernel("block_v", "block_h", "block_n", ("weight",), SAMPLED),
+}
+
+
+def candidates(kernel: Kernel, quick: bool) -> Iterator[configs.Config]:
+    """By falling promise: 64 to 128 accumulators per thread, and stages that fit into shared memory."""
+    tiles = [(16, 16)] if quick else [(128, 256), (128, 128), (256, 128), (64, 256)]
+    inners = [16] if quick else [64, 128, 32]
+    for (rows, columns), inner, num_stages in itertools.product(tiles, inners, (3, 4, 2)):
+        num_warps = 4 if rows * columns <= 64 * 256 else 8
+        if 2 * inner * (rows + columns) * num_stages < SHARED_BYTES:
+            sizes = {kernel.rows: rows, kernel.columns: columns, kernel.inner: inner}
+            yield configs.Config(**sizes, num_warps=num_warps, num_stages=num_stages)
 
 
 def tune(
     device: str,
     backend: str,
     seconds: float,
+    names: list[str],
     quick: bool,
     time_step: Callable[[Callable[[], Any]], float],
     log: Callable[[str], None],
@@ -54,77 +76,72 @@ def tune(
     table = configs._table()
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     bits = str(8 * dtype.itemsize)
-    kernels = {"forward": _forward_step, "grad_logits": _backward_step}
     shapes = QUICK_SHAPES if quick else SHAPES
-    share = seconds / (len(kernels) * len(shapes))
-    for kernel, make_step in kernels.items():
-        best = {}
-        for max_hidden, (vocab, hidden_size) in shapes.items():
-            problem = inputs.synthetic(
-                QUICK_TOKENS if quick else TOKENS, vocab, hidden_size, dtype=dtype, device=device
-            )
-            step = make_step(problem, backend)
-            started = time.monotonic()
-            times: dict[configs.Config, float] = {}
-            for config in dict.fromkeys([configs.lookup(kernel, arch, dtype, hidden_size), *candidates(quick)]):
-                if times and time.monotonic() - started > share:
-                    log(f"tuning {kernel}, H {hidden_size}: out of time after {len(times)} configurations")
-                    break
-                with _only(table, arch, kernel, bits, config):
-                    try:
-                        times[config] = time_step(step)
-                    except Exception as error:  # does not compile, or does not fit: no candidate
-                        log(f"tuning {kernel}, H {hidden_size}: {tuple(config)}: {type(error).__name__}")
-                        continue
-                log(f"tuning {kernel}, H {hidden_size}: {tuple(config)}: {times[config]:.3f} ms")
-            if not times:
-                raise RuntimeError(f"no configuration of {kernel} runs")
-            best[max_hidden] = min(times, key=times.__getitem__)
-            log(f"tuning {kernel}, H {hidden_size}: best {tuple(best[max_hidden])}")
-        lines = [{"max_hidden": limit, **config._asdict()} for limit, config in best.items()]
-        _own_entry(table, arch, kernel)[bits] = lines
+    deadline = time.monotonic() + seconds
+    todo = list(itertools.product(shapes.items(), names))
+    best: dict[str, dict[int | None, configs.Config]] = {name: {} for name in names}
+    problems: dict[int, Problem] = {}
+    for done, ((max_hidden, (vocab, hidden_size)), name) in enumerate(todo):
+        if hidden_size not in problems:
+            tokens = QUICK_TOKENS if quick else TOKENS
+            problems = {hidden_size: inputs.synthetic(tokens, vocab, hidden_size, dtype=dtype, device=device)}
+        step = make_step(KERNELS[name], problems[hidden_size], backend)
+        entry = table.setdefault(arch, {}).setdefault(name, copy.deepcopy(table["default"][name]))
+        shipped = entry[bits]
+        stop = time.monotonic() + (deadline - time.monotonic()) / (len(todo) - done)
+        times: dict[configs.Config, float] = {}
+        tried = dict.fromkeys([configs.lookup(name, arch, dtype, hidden_size), *candidates(KERNELS[name], quick)])
+        for config in tried:
+            if not fits(name, config, arch, dtype, hidden_size) or (times and time.monotonic() > stop):
+                continue
+            entry[bits] = [{"max_hidden": None, **config._asdict()}]
+            try:
+                times[config] = time_step(step)
+                log(f"tuning {name}, H {hidden_size}: {tuple(config)}: {times[config]:.3f} ms")
+            except Exception as error:  # does not compile, or not fit: no candidate
+                if "CUDA error" in str(error):
+                    raise
+                log(f"tuning {name}, H {hidden_size}: {tuple(config)}: {type(error).__name__}")
+        if not times:
+            raise RuntimeError(f"no configuration of {name} runs")
+        best[name][max_hidden] = min(times, key=times.__getitem__)
+        log(f"tuning {name}, H {hidden_size}: best of {len(times)} is {tuple(best[name][max_hidden])}")
+        # What the other kernels meet from here on; the lines of a shape not reached yet stay as they were.
+        found = [{"max_hidden": limit, **config._asdict()} for limit, config in best[name].items()]
+        kept = [line for line in shipped if line["max_hidden"] not in best[name]]
+        entry[bits] = sorted([*found, *kept], key=lambda line: line["max_hidden"] or float("inf"))
     return table
+
+
+def fits(name: str, config: configs.Config, arch: str, dtype: torch.dtype, hidden_size: int) -> bool:
+    """Whether the kernels that share a layout still agree: see kernels/sampled_grad.py.
+
+    Columns are kept in tiles of sampled_grad_logits' block_v, which sampled_dhidden reads in steps of its own.
+    """
+    if name == "sampled_dhidden":
+        tile = configs.lookup("sampled_grad_logits", arch, dtype, hidden_size).block_v
+        return tile % config.block_v == 0
+    if name == "sampled_grad_logits":
+        return config.block_v % configs.lookup("sampled_dhidden", arch, dtype, hidden_size).block_v == 0
+    return True
+
+
+def make_step(kernel: Kernel, problem: Problem, backend: str) -> Callable[[], Any]:
+    """The forward alone, or one forward's backward alone."""
+    if not kernel.train:
+        head = pf.LMHead(problem.weight)
+        stats = ("log_sum_sq_probs",)
+        return torch.no_grad()(lambda: pf.token_logprobs(problem.hidden, head, problem.targets, stats, backend=backend))
+    leaves = problem.leaves(train_head="weight" in kernel.train)
+    leaves.hidden.requires_grad_("hidden" in kernel.train)
+    logprobs = pf.token_logprobs(
+        leaves.hidden, pf.LMHead(leaves.weight), leaves.targets, grad_tolerance=kernel.tolerance, backend=backend
+    ).logprobs
+    trained = [getattr(leaves, name) for name in kernel.train]
+    return lambda: torch.autograd.grad(logprobs, trained, leaves.upstream, retain_graph=True)
 
 
 def to_json(table: dict[str, Any]) -> str:
     """The table with one configuration on a line."""
     text = json.dumps(table, indent=2)
     return re.sub(r"\{\s+([^{}]+?)\s+\}", lambda match: "{" + re.sub(r"\s+", " ", match[1]) + "}", text) + "\n"
-
-
-def _own_entry(table: dict[str, Any], arch: str, kernel: str) -> dict[str, Any]:
-    """The table's entry for ``arch``, which starts as the default's."""
-    default = copy.deepcopy(table["default"][kernel])
-    return table.setdefault(arch, {}).setdefault(kernel, default)
-
-
-class _only:
-    """Within this context the table holds one configuration for a kernel and operand width."""
-
-    def __init__(self, table: dict[str, Any], arch: str, kernel: str, bits: str, config: configs.Config) -> None:
-        self.entry, self.bits = _own_entry(table, arch, kernel), bits
-        self.line = {"max_hidden": None, **config._asdict()}
-
-    def __enter__(self) -> None:
-        self.saved, self.entry[self.bits] = self.entry[self.bits], [self.line]
-
-    def __exit__(self, *_: object) -> None:
-        self.entry[self.bits] = self.saved
-
-
-def _forward_step(problem: Any, backend: str) -> Callable[[], Any]:
-    head = pf.LMHead(problem.weight)
-
-    def step() -> None:
-        with torch.no_grad():
-            pf.token_logprobs(problem.hidden, head, problem.targets, ("log_sum_sq_probs",), backend=backend)
-
-    return step
-
-
-def _backward_step(problem: Any, backend: str) -> Callable[[], Any]:
-    """The exact backward alone, of one forward's graph: its launches of grad_logits and the products between them."""
-    hidden = problem.hidden.detach().requires_grad_()
-    stats = pf.token_logprobs(hidden, pf.LMHead(problem.weight), problem.targets, grad_tolerance=0.0, backend=backend)
-    upstream = torch.ones_like(stats.logprobs)
-    return lambda: torch.autograd.grad(stats.logprobs, hidden, upstream, retain_graph=True)

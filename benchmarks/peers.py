@@ -7,9 +7,13 @@ raises is the reason why the peer is absent from a table. What keeps a peer from
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
-from typing import NamedTuple
+from importlib import import_module
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +56,7 @@ def ours(grad_tolerance: float, backend: str = "auto") -> Callable[[Problem], Te
         stats = pf.token_logprobs(
             problem.hidden, head, problem.targets, problem.stats, grad_tolerance=grad_tolerance, backend=backend
         )
-        if grad_tolerance and stats.grad_report is None:
+        if grad_tolerance and stats.grad_report is None and problem.device.type == "cpu" and backend != "triton":
             raise Absent(f"the {backend} backend computes exact gradients alone")
         return stats.logprobs
 
@@ -100,11 +104,25 @@ def linear_cross_entropy(problem: Problem) -> Tensor:
     return -F.linear_cross_entropy(problem.hidden, problem.weight, problem.targets, reduction="none", options=options)
 
 
-def trl(problem: Problem) -> Tensor:
+@cache
+def _trl_function() -> Any:
+    """TRL's function. Its backward imports a helper for DeepSpeed from the trainers, whose own imports (datasets, …) a
+    GPU machine may lack: there a context that does nothing stands in, which is what the helper does without DeepSpeed.
+    """
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
+    try:
+        import_module("trl.trainer.utils")
+    except ImportError:
+        stand_in = ModuleType("trl.trainer.utils")
+        stand_in.maybe_gather_lm_head_ctx = lambda *_: nullcontext()  # type: ignore[attr-defined]
+        sys.modules["trl.trainer.utils"] = stand_in
+    return ChunkedLogProbFunction
+
+
+def trl(problem: Problem) -> Tensor:
     _log_sum_sq_probs(problem)
-    outputs = ChunkedLogProbFunction.apply(
+    outputs = _trl_function().apply(
         problem.hidden, problem.weight, None, problem.targets, 1.0, TRL_VOCAB_CHUNK, None, 1.0, problem.stats
     )
     return outputs[0]
