@@ -98,7 +98,8 @@ def _forward_kernel(
 
     first_column = split * tiles_per_split * BLOCK_V
     last_column = min(first_column + tiles_per_split * BLOCK_V, vocab_size)
-    for column in tl.range(first_column, last_column, BLOCK_V):
+    # flatten: the next tile's first loads are under way while this one's exponentials are computed.
+    for column in tl.range(first_column, last_column, BLOCK_V, flatten=True):
         product = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
         for k in tl.range(0, hidden_size, BLOCK_H):
             h = load_tile(hidden, first_token, k, n_tokens, hidden_size, BLOCK_N, BLOCK_H, TMA)
@@ -508,11 +509,13 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dhidden, dweight and dbias, each empty where not needed; exact at tolerance 0, else sampled where that pays."""
     need_hidden, need_weight, need_bias = needed
-    dhidden = torch.zeros_like(hidden) if need_hidden else None
-    dweight = torch.zeros_like(weight) if need_weight else None
-    dbias = torch.zeros_like(bias) if need_bias else None
-    gradients = tuple(hidden.new_empty(0) if g is None else g for g in (dhidden, dweight, dbias))
     scored, scored_targets, rows = scored_rows(hidden, targets, ignore_index)
+    # dweight and dbias are written in whole, and so is dhidden where no token is ignored.
+    dhidden = (torch.empty_like if rows is None else torch.zeros_like)(hidden) if need_hidden else None
+    allocate = torch.empty_like if len(scored) else torch.zeros_like
+    dweight = allocate(weight) if need_weight else None
+    dbias = allocate(bias) if need_bias else None
+    gradients = tuple(hidden.new_empty(0) if g is None else g for g in (dhidden, dweight, dbias))
     if not len(scored):
         return gradients
 

@@ -24,6 +24,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.functional import pad
 
 from . import configs
 from .sparse_grad import select_columns
@@ -84,7 +85,7 @@ def _epsilon_kernel(
             below = tl.where(score < epsilon, score, 0.0)
             sums += below
             squares += below * below
-        epsilon = (budget + tl.sum(squares, 0)) / tl.maximum(tl.sum(sums, 0), 1e-38)
+        epsilon = (budget + tl.sum(squares, 0)) / tl.maximum(tl.sum(sums, 0), 1e-30)
     tl.store(epsilons + chunk, epsilon)
 
 
@@ -99,6 +100,7 @@ def _sampled_grad_logits_kernel(
     target_slots,  # (n,)
     token_factors,  # (3, n), fp32
     grad_logits,  # (S, C): transposed, so that a column's gradients lie together
+    tile_sums,  # (S / BLOCK_V, C), fp32: each token's sum over a tile's slots
     n_tokens,
     vocab_size,
     hidden_size,
@@ -134,6 +136,7 @@ def _sampled_grad_logits_kernel(
     grad = grad_of_product(product, tokens, slots, target_slots, token_factors, n_tokens, scale, softcap, HAS_SOFTCAP)
     grad *= tl.load(weights + slots)[None, :]
     local = within + tl.arange(0, BLOCK_N)
+    tl.store(tile_sums + tl.cast(tile, tl.int64) * CHUNK + local, tl.sum(grad, 1))
     tl.store(grad_logits + slots.to(tl.int64)[None, :] * CHUNK + local[:, None], grad.to(grad_logits.dtype.element_ty))
 
 
@@ -143,6 +146,7 @@ def _sampled_dhidden_kernel(
     weight,  # (V, H)
     columns,  # (S,)
     first_slots,  # (chunks + 1,)
+    tile_sums,  # (S / TILE, C), fp32
     center,  # (H,), fp32, or None
     rows,  # (n,) where each token's gradient goes, or None: in order
     dhidden,  # (N, H)
@@ -152,6 +156,7 @@ def _sampled_dhidden_kernel(
     hidden_size,
     PRECISION: tl.constexpr,
     CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -166,8 +171,9 @@ def _sampled_dhidden_kernel(
     inside = features < hidden_size
 
     total = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
-    row_sum = tl.zeros((BLOCK_N,), tl.float32)
-    for slot in tl.range(tl.load(first_slots + chunk), tl.load(first_slots + chunk + 1), BLOCK_S):
+    first_slot = tl.load(first_slots + chunk)
+    last_slot = tl.load(first_slots + chunk + 1)
+    for slot in tl.range(first_slot, last_slot, BLOCK_S):
         slots = slot + tl.arange(0, BLOCK_S)
         column = tl.load(columns + slots).to(tl.int64)
         g = tl.load(grad_logits + slots.to(tl.int64)[:, None] * CHUNK + within[None, :])
@@ -177,10 +183,11 @@ def _sampled_dhidden_kernel(
             other=0.0,
         )
         total = tl.dot(g.T, w, total, input_precision=PRECISION)
-        if center is not None:
-            row_sum += tl.sum(g.to(tl.float32), 0)
 
     if center is not None:
+        row_sum = tl.zeros((BLOCK_N,), tl.float32)
+        for tile in tl.range(first_slot // TILE, last_slot // TILE):
+            row_sum += tl.load(tile_sums + tl.cast(tile, tl.int64) * CHUNK + within)
         total -= row_sum[:, None] * tl.load(center + features, mask=inside, other=0.0)[None, :]
     if unit is not None:
         total *= tl.load(unit)
@@ -199,6 +206,8 @@ def _sampled_dweight_kernel(
     hidden,  # (n, H)
     order,  # (V,), int32: vocabulary entries so sorted that neighbours are kept by the same chunks
     positions,  # (chunks, V)
+    tile_chunks,  # (⌈V / BLOCK_V⌉, chunks), int32: the chunks that keep any of a tile's columns, first
+    tile_counts,  # (⌈V / BLOCK_V⌉,), int32: how many they are
     dweight,  # (V, H) or None
     dbias,  # (V,) or None
     unit,  # (1,), fp32, or None
@@ -215,7 +224,8 @@ def _sampled_dweight_kernel(
 ):
     """A tile of dweight = Σ over the chunks that keep its columns of grad_logits · hidden."""
     hidden_blocks = tl.cdiv(hidden_size, BLOCK_H)
-    entries = tl.program_id(0) // hidden_blocks * BLOCK_V + tl.arange(0, BLOCK_V)
+    tile = tl.program_id(0) // hidden_blocks
+    entries = tile * BLOCK_V + tl.arange(0, BLOCK_V)
     feature_block = tl.program_id(0) % hidden_blocks
     features = feature_block * BLOCK_H + tl.arange(0, BLOCK_H)
     inside = features < hidden_size
@@ -224,23 +234,21 @@ def _sampled_dweight_kernel(
 
     total = tl.zeros((BLOCK_V, BLOCK_H), tl.float32)
     sums = tl.zeros((BLOCK_V,), tl.float32)
-    for chunk in range(0, n_chunks):
+    for active in range(0, tl.load(tile_counts + tile)):
+        chunk = tl.load(tile_chunks + tile * n_chunks + active)
         slots = tl.load(positions + tl.cast(chunk, tl.int64) * vocab_size + ids, mask=exists, other=-1).to(tl.int64)
-        if tl.max(slots, 0) >= 0:
-            for k in tl.range(0, CHUNK, BLOCK_N):
-                within = k + tl.arange(0, BLOCK_N)
-                tokens = chunk * CHUNK + within
-                g = tl.load(
-                    grad_logits + slots[:, None] * CHUNK + within[None, :], mask=(slots >= 0)[:, None], other=0.0
-                )
-                h = tl.load(
-                    hidden + tokens.to(tl.int64)[:, None] * hidden_size + features[None, :],
-                    mask=(tokens < n_tokens)[:, None] & inside[None, :],
-                    other=0.0,
-                )
-                total = tl.dot(g, h, total, input_precision=PRECISION)
-                if dbias is not None:
-                    sums += tl.sum(g.to(tl.float32), 1)
+        for k in tl.range(0, CHUNK, BLOCK_N):
+            within = k + tl.arange(0, BLOCK_N)
+            tokens = chunk * CHUNK + within
+            g = tl.load(grad_logits + slots[:, None] * CHUNK + within[None, :], mask=(slots >= 0)[:, None], other=0.0)
+            h = tl.load(
+                hidden + tokens.to(tl.int64)[:, None] * hidden_size + features[None, :],
+                mask=(tokens < n_tokens)[:, None] & inside[None, :],
+                other=0.0,
+            )
+            total = tl.dot(g, h, total, input_precision=PRECISION)
+            if dbias is not None:
+                sums += tl.sum(g.to(tl.float32), 1)
 
     if unit is not None:
         total *= tl.load(unit)
@@ -288,14 +296,13 @@ def draw_slots(
     device = column_sq.device
 
     def by_chunk(values: Tensor) -> Tensor:  # (n,) → (chunks, C)
-        return torch.nn.functional.pad(values, (0, n_chunks * chunk - len(values))).view(n_chunks, chunk)
+        return pad(values, (0, n_chunks * chunk - len(values))).view(n_chunks, chunk)
 
     grad_sq = by_chunk(grad.square())
     # Within a block the largest upstream gradient stands for all: tokens of one sequence share theirs.
     block_weights = grad_sq.view(-1, block_tokens).amax(1)[:n_blocks, None]
-    scores = torch.zeros(n_chunks, vocab_size, device=device)
-    scores.index_add_(0, torch.arange(n_blocks, device=device) // BLOCKS_PER_CHUNK, column_sq * block_weights)
-    scores.sqrt_()
+    weighted = pad(column_sq * block_weights, (0, 0, 0, n_chunks * BLOCKS_PER_CHUNK - n_blocks))
+    scores = weighted.view(n_chunks, BLOCKS_PER_CHUNK, vocab_size).sum(1).sqrt_()
     budgets = tolerance**2 * (grad_sq * by_chunk(torch.expm1(logprobs)).square()).sum(1)
     epsilons = torch.empty_like(budgets)
     _epsilon_kernel[(n_chunks,)](
@@ -306,7 +313,7 @@ def draw_slots(
     uniform = torch.rand(scores.shape, device=device, generator=torch.Generator(device).manual_seed(seed))
     # A chunk whose upstream gradient is all zero has scores and ε of 0 and keeps its targets alone.
     selection = select_columns(
-        (scores / epsilons.clamp_min(1e-38)[:, None]).flatten(),
+        (scores / epsilons.clamp_min(1e-30)[:, None]).flatten(),
         chunk_of_token * vocab_size + targets,
         1.0,
         uniform.flatten(),
@@ -316,7 +323,7 @@ def draw_slots(
     chunks, columns = selection.columns // vocab_size, selection.columns % vocab_size
     counts = torch.bincount(chunks, minlength=n_chunks)
     padded = (counts + tile - 1) // tile * tile
-    first_slots = torch.nn.functional.pad(padded.cumsum(0), (1, 0))
+    first_slots = pad(padded.cumsum(0), (1, 0))
     slots = torch.arange(len(columns), device=device) - (counts.cumsum(0) - counts)[chunks] + first_slots[chunks]
     n_slots = int(first_slots[-1])
     positions = torch.full(scores.shape, -1, dtype=torch.int32, device=device)
@@ -346,13 +353,13 @@ def sampled_gradients(
 ) -> None:
     """Write dhidden (N, H) at ``rows``, dweight (V, H) and dbias (V,), each where it is not None.
 
-    ∂loss/∂logits stands in memory for as many chunks as WORKSPACE_BYTES hold; where that is not all of them dweight and
-    dbias must be zeroed and should be fp32, because they accumulate.
+    ∂loss/∂logits stands in memory for as many chunks as WORKSPACE_BYTES hold. Where that is not all of them, dweight
+    and dbias accumulate in fp32 beside the results.
     """
     device, dtype, vocab_size = hidden.device, hidden.dtype, weight.shape[0]
     hidden_size = hidden.shape[1]
     scale, softcap = transform
-    dhidden, dweight, dbias = gradients
+    dhidden, *results = gradients
     arch = configs.architecture(device)
     logits_config, dhidden_config, dweight_config = (
         configs.lookup(name, arch, dtype, hidden_size)
@@ -361,9 +368,12 @@ def sampled_gradients(
     tma = tma_available(hidden)
     precision = dot_precision()
     groups = chunk_groups(slots, chunk, dtype)
+    accumulate = len(groups) > 1
+    dweight, dbias = (torch.zeros_like(g, dtype=torch.float32) if accumulate and g is not None else g for g in results)
     target_slots = slots.positions[torch.arange(len(targets), device=device) // chunk, targets]
     n_most = max(last - first for _, _, first, last in groups)
     workspace = hidden.new_empty(n_most, chunk)
+    tile_sums = hidden.new_empty(n_most // logits_config.block_v, chunk, dtype=torch.float32)
     for first_chunk, last_chunk, first_slot, last_slot in groups:
         tokens = slice(first_chunk * chunk, min(last_chunk * chunk, len(targets)))
         h, n_tokens = hidden[tokens], tokens.stop - tokens.start
@@ -380,6 +390,7 @@ def sampled_gradients(
             target_slots[tokens] - first_slot,
             token_factors[:, tokens].contiguous(),
             workspace,
+            tile_sums,
             n_tokens,
             vocab_size,
             hidden_size,
@@ -403,6 +414,7 @@ def sampled_gradients(
                 weight,
                 columns,
                 slots.first_slots[first_chunk : last_chunk + 1] - first_slot,
+                tile_sums,
                 center if softcap is None else None,
                 None if rows is None else rows[tokens],
                 dhidden if rows is not None else dhidden[tokens],
@@ -412,6 +424,7 @@ def sampled_gradients(
                 hidden_size,
                 PRECISION=precision,
                 CHUNK=chunk,
+                TILE=logits_config.block_v,
                 BLOCK_N=config.block_n,
                 BLOCK_S=config.block_v,
                 BLOCK_H=config.block_h,
@@ -421,13 +434,16 @@ def sampled_gradients(
         if dweight is not None or dbias is not None:
             config = dweight_config
             positions = slots.positions[first_chunk:last_chunk] - first_slot
+            order, tile_chunks, tile_counts = order_by_chunks(positions, config.block_v)
             _sampled_dweight_kernel[
                 (triton.cdiv(vocab_size, config.block_v) * triton.cdiv(hidden_size, config.block_h),)
             ](
                 workspace,
                 h,
-                order_by_chunks(positions),
+                order,
                 positions,
+                tile_chunks,
+                tile_counts,
                 dweight,
                 dbias,
                 unit,
@@ -435,7 +451,7 @@ def sampled_gradients(
                 last_chunk - first_chunk,
                 vocab_size,
                 hidden_size,
-                ACCUMULATE=len(groups) > 1,
+                ACCUMULATE=accumulate,
                 PRECISION=precision,
                 CHUNK=chunk,
                 BLOCK_V=config.block_v,
@@ -444,6 +460,10 @@ def sampled_gradients(
                 num_warps=config.num_warps,
                 num_stages=config.num_stages,
             )
+    if accumulate:
+        for result, total in zip(results, (dweight, dbias), strict=True):
+            if result is not None:
+                result.copy_(total)
 
 
 def chunk_groups(slots: Slots, chunk: int, dtype: torch.dtype) -> list[tuple[int, int, int, int]]:
@@ -460,14 +480,21 @@ def chunk_groups(slots: Slots, chunk: int, dtype: torch.dtype) -> list[tuple[int
 
 def order_by_chunks(
     positions: Tensor,  # (chunks, V)
-) -> Tensor:
-    """Vocabulary entries sorted by the set of chunks that keep them, (V,), int32.
+    tile: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Vocabulary entries sorted by the set of chunks that keep them (V,), and for each ``tile`` of them the chunks that
+    keep any, first in (tiles, chunks), and their number (tiles,); all int32.
 
-    A tile of dweight visits a chunk that any of its columns is kept by; sorted, most tiles of rare columns visit one.
+    A tile of dweight visits these chunks; sorted, most tiles of rare columns visit one.
     """
-    bits = torch.arange(len(positions), device=positions.device) % 62
-    kept = (positions >= 0).long() << bits[:, None]
-    return kept.sum(0).argsort(stable=True).int()
+    n_chunks, vocab_size = positions.shape
+    kept = positions >= 0
+    bits = torch.arange(n_chunks, device=positions.device) % 62
+    order = (kept.long() << bits[:, None]).sum(0).argsort(stable=True)
+    sorted_kept = pad(kept[:, order], (0, -vocab_size % tile))
+    active = sorted_kept.view(n_chunks, -1, tile).any(2).T.contiguous()
+    tile_chunks = active.int().sort(dim=1, descending=True, stable=True).indices
+    return order.int(), tile_chunks.int(), active.sum(1, dtype=torch.int32)
 
 
 def aot_signatures(arch: str) -> Iterator[Specialization]:
@@ -478,8 +505,10 @@ def aot_signatures(arch: str) -> Iterator[Specialization]:
         shared = {"PRECISION": "ieee", "CHUNK": BLOCKS_PER_CHUNK * forward_config.block_n}
         matrices = dict.fromkeys(("weight", "hidden", "grad_logits", "dhidden", "dweight"), f"*{dtype}")
         vectors = {
-            **dict.fromkeys(("columns", "tile_chunks", "first_slots", "order", "positions", "target_slots"), "*i32"),
-            **dict.fromkeys(("weights", "token_factors", "center"), "*fp32"),
+            **dict.fromkeys(
+                ("columns", "tile_chunks", "first_slots", "order", "positions", "target_slots", "tile_counts"), "*i32"
+            ),
+            **dict.fromkeys(("weights", "token_factors", "center", "tile_sums"), "*fp32"),
             "rows": "*i64",
         }
         absent = dict.fromkeys(("bias", "dbias", "unit"))
@@ -494,5 +523,8 @@ def aot_signatures(arch: str) -> Iterator[Specialization]:
                 if name == "sampled_grad_logits":
                     types["hidden"] = operand_type(dtype, config.block_n, config.block_h, tma)
                 if name == "sampled_dhidden":
-                    constants["BLOCK_S"] = config.block_v
+                    constants |= {
+                        "BLOCK_S": config.block_v,
+                        "TILE": configs.entries("sampled_grad_logits", arch, bits)[0][1].block_v,
+                    }
                 yield specialize(f"{name}_{dtype}_h{max_hidden or 'any'}", kernel, config, types, constants)
