@@ -675,7 +675,8 @@ def linear_logprob(
     tolerance = 0.0
     if torch.is_grad_enabled():
         trained = (weight.requires_grad or (bias is not None and bias.requires_grad), hidden.requires_grad)
-        tolerance = min((t for t, need in zip(options.grad_tolerance[::-1], trained, strict=True) if need), default=0.0)
+        tolerances = [t for t, need in zip(options.grad_tolerance[::-1], trained, strict=True) if need]
+        tolerance = min(tolerances) if tolerances else 0.0  # torch.compile knows no min(…, default=…)
     logprobs, _, values, _, _ = _forward_op(
         hidden, weight, bias, targets, *transform, ",".join(stats), options.ignore_index, tolerance, options.seed
     )
