@@ -30,6 +30,7 @@ from .tiles import (
     dot_precision,
     grad_of_product,
     has_tma,
+    kernel_operands,
     load_tile,
     operand,
     operand_type,
@@ -666,11 +667,7 @@ def linear_logprob(
     Raises:
         NotImplementedError: operands in float64, which the kernels do not take.
     """
-    if hidden.dtype == torch.float64:
-        raise NotImplementedError('the Triton kernels take bf16, fp16 and fp32, found float64: use backend="torch"')
-    if hidden.dtype == torch.bfloat16 and hidden.device.type == "cpu":
-        # Triton's interpreter would multiply the bit patterns of bf16 as integers.
-        hidden, weight = hidden.float(), weight.float()
+    hidden, weight = kernel_operands(hidden, weight)
     # One draw serves all gradients asked for, so the strictest tolerance rules; 0 for any of them means exact ones.
     tolerance = 0.0
     if torch.is_grad_enabled():

@@ -88,6 +88,14 @@ def tma_available(*operands: Tensor) -> bool:
     )
 
 
+def kernel_operands(*matrices: Tensor) -> tuple[Tensor, ...]:
+    """The matrices in a dtype that the kernels take; raises NotImplementedError for float64."""
+    if any(matrix.dtype == torch.float64 for matrix in matrices):
+        raise NotImplementedError('the Triton kernels take bf16, fp16 and fp32, found float64: use backend="torch"')
+    # Triton's interpreter would multiply the bit patterns of bf16 as integers.
+    return tuple(m.float() if m.dtype == torch.bfloat16 and m.device.type == "cpu" else m for m in matrices)
+
+
 def operand(matrix: Tensor, block: list[int], tma: bool) -> Any:
     return TensorDescriptor.from_tensor(matrix, block) if tma else matrix
 

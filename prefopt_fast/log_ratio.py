@@ -1,0 +1,68 @@
+"""WSPO's target: the weak aligned model's log-ratio against the weak reference, token by token."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .head import LMHead
+from .kernels.dispatch import resolve_backend
+from .sequence_stats import require_tokens, segment_sum
+from .token_stats import token_logprobs, validate_inputs
+
+
+class TokenLogRatio(NamedTuple):
+    """``ratio``: log π_aligned(y_t) − log π_ref(y_t), the shape of targets, 0 where ignored; ``mean``: (B,), of each
+    sequence's scored tokens, or None for one-dimensional targets without ``cu_seqlens``. Both are detached."""
+
+    ratio: Tensor
+    mean: Tensor | None
+
+
+@torch.no_grad()
+def token_log_ratio(
+    aligned_hidden: Tensor,  # (…, H)
+    aligned_head: LMHead,
+    ref_hidden: Tensor,  # (…, ref H)
+    ref_head: LMHead,
+    targets: Tensor,  # (…)
+    cu_seqlens: Tensor | None = None,  # (B + 1,)
+    backend: str = "auto",
+    ignore_index: int = -100,
+) -> TokenLogRatio:
+    """Log-ratio of two frozen models that share a tokenizer on the same targets (arXiv 2410.18640, r_t).
+
+    On a Triton device one merge of both heads' partial sums writes the ratio alone; elsewhere it is the difference of
+    two :func:`token_logprobs` calls. Shapes and dtypes as there; the hidden sizes of the models may differ.
+
+    Args:
+        cu_seqlens: offsets into packed targets (N,), as in :func:`sequence_logprobs`.
+
+    Raises:
+        ValueError, RuntimeError, NotImplementedError: what token_logprobs raises.
+    """
+    pairs = ((aligned_hidden, aligned_head), (ref_hidden, ref_head))
+    if resolve_backend(backend, targets.device) == "triton":
+        from .kernels.log_ratio import log_ratio
+
+        for hidden, head in pairs:
+            validate_inputs(hidden, head, targets, (), ignore_index)
+        ratio = log_ratio(
+            *(x for hidden, head in pairs for x in (hidden.reshape(-1, hidden.shape[-1]), head.weight, head.bias)),
+            targets.reshape(-1),
+            (aligned_head.transform, ref_head.transform),
+            ignore_index,
+        ).reshape(targets.shape)
+    else:
+        aligned, ref = (
+            token_logprobs(hidden, head, targets, backend=backend, ignore_index=ignore_index).logprobs
+            for hidden, head in pairs
+        )
+        ratio = aligned - ref
+    if targets.dim() == 1 and cu_seqlens is None:
+        return TokenLogRatio(ratio, None)
+    length = segment_sum(targets != ignore_index, cu_seqlens)
+    require_tokens(length)
+    return TokenLogRatio(ratio, segment_sum(ratio, cu_seqlens) / length)
