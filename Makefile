@@ -34,6 +34,10 @@ $(VENV)/.test: $(VENV)/.train
 	$(PIP) -e '.[test]'
 	touch $@
 
+# PREFOPT_FAST_MODEL and PREFOPT_FAST_DATA name a model and preference pairs for real inputs.
+bench: $(VENV)/.test
+	$(BIN)/prefopt-fast bench $(ARGS)
+
 # Compiled without a GPU, so never in Triton's interpreter.
 gpu-report: $(VENV)/.test
 	env -u TRITON_INTERPRET $(BIN)/python benchmarks/gpu_report.py
