@@ -1,0 +1,229 @@
+"""The Triton kernels against the reference, on a GPU or in Triton's interpreter."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import DEVICE, assert_as_good_as_plain, make_problem, plain_stats, relative_error
+from prefopt_fast.kernels import configs, linear_logprob, sampled_grad
+from torch import Tensor
+
+import prefopt_fast as pf
+
+FLOATS = tuple(name for name in ("logprobs", *pf.STATS) if name != "is_top1")
+
+
+def gradients(
+    function, hidden: Tensor, head: pf.LMHead, targets: Tensor, upstream: Tensor, **options
+) -> dict[str, Tensor]:
+    """∂(upstream · logprobs) for whichever of hidden, weight and bias require gradients."""
+    leaves = {"hidden": hidden, "weight": head.weight, "bias": head.bias}
+    leaves = {name: leaf for name, leaf in leaves.items() if leaf is not None and leaf.requires_grad}
+    logprobs = function(hidden, head, targets, **options).logprobs
+    return dict(zip(leaves, torch.autograd.grad(logprobs, list(leaves.values()), upstream.to(logprobs)), strict=True))
+
+
+def triton_gradients(*operands, tolerance: float = 0.0, seed: int = 0) -> dict[str, Tensor]:
+    return gradients(pf.token_logprobs, *operands, backend="triton", grad_tolerance=tolerance, seed=seed)
+
+
+# Tiles are 16 × 32 × 32 in the interpreter and 128 × 256 × 64 on Hopper.
+SHAPES = {
+    "no multiple of any tile": (37, 133, 40),
+    "one token": (1, 64, 16),
+    "one column more than a tile": (16, 257, 64),
+    "fewer columns than a tile": (20, 5, 32),
+    "rows of no whole 16 bytes, so pointers in TMA's place": (20, 70, 21),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_statistics_and_gradients(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> None:
+    if dtype != torch.float32 and shape[0] == 20:
+        pytest.skip("the dtype matters to the product alone, which the other shapes cover")
+    hidden, weight, targets = make_problem(*shape, dtype, device)
+    targets[3::5] = -100
+    hidden.requires_grad_()
+    head = pf.LMHead(weight.requires_grad_(), torch.randn(shape[1], device=device, dtype=dtype).requires_grad_())
+    upstream = torch.randn(shape[0], device=device)
+
+    result = pf.token_logprobs(hidden, head, targets, stats=pf.STATS, backend="triton")
+    truth = pf.reference.token_logprobs(hidden, head, targets, stats=pf.STATS)
+    plain = plain_stats(hidden, head, targets)
+    for name in FLOATS:
+        assert_as_good_as_plain(getattr(result, name), plain[name], getattr(truth, name), factor=4, name=name)
+    assert (result.logprobs <= 0).all()
+    assert (result.logprobs[3::5] == 0).all()
+    # Where the two largest logits differ by less than a rounding, either answer is right.
+    decided = (truth.max_logprob - truth.logprobs).abs().double() > 1e-3
+    assert (result.is_top1 == truth.is_top1)[decided | truth.is_top1].all()
+
+    found = triton_gradients(hidden, head, targets, upstream)
+    expected = gradients(pf.reference.token_logprobs, hidden, head, targets, upstream)
+    autograd = gradients(
+        lambda *a: pf.TokenStats(plain_stats(*a)["logprobs"], targets != -100), hidden, head, targets, upstream
+    )
+    for name in found:
+        assert_as_good_as_plain(found[name], autograd[name], expected[name], name=name)
+
+
+@pytest.mark.parametrize("needed", ["hidden", "weight", "bias"])
+@pytest.mark.parametrize("tolerance", [0.0, 1e-9], ids=["exact", "sampled"])
+def test_each_gradient_alone_with_softcap(needed: str, tolerance: float, device: str, monkeypatch) -> None:
+    monkeypatch.setattr(sampled_grad, "MAX_SHARE", 1.0)
+    hidden, weight, targets = make_problem(20, 70, 32, device=device)
+    bias = torch.randn(70, device=device)
+    {"hidden": hidden, "weight": weight, "bias": bias}[needed].requires_grad_()
+    head = pf.LMHead(weight, bias, softcap=3.0, logit_scale=0.7, temperature=1.3)
+    operands = (hidden, head, targets, torch.randn(20, device=device))
+    found, expected = (
+        triton_gradients(*operands, tolerance=tolerance),
+        gradients(pf.reference.token_logprobs, *operands),
+    )
+    assert found.keys() == {needed}
+    assert relative_error(found[needed], expected[needed]) < 1e-6
+
+
+@pytest.mark.parametrize("gap", [20.0, 90.0, 1e4])
+def test_certain_targets(gap: float, device: str) -> None:
+    """p(y) → 1: every rival is ``gap`` below the target; 1 − p = (V − 1) e^−gap keeps its digits while it can."""
+    weight = torch.eye(40, device=device).requires_grad_()
+    targets = torch.arange(16, device=device)
+    hidden = (gap * torch.eye(40, device=device)[:16]).requires_grad_()
+    operands = (hidden, pf.LMHead(weight), targets)
+    result = pf.token_logprobs(*operands, stats=pf.STATS, backend="triton")
+    assert (result.logprobs <= 0).all() and result.is_top1.all()
+    assert all(getattr(result, name).isfinite().all() for name in FLOATS)
+    found = triton_gradients(*operands, torch.ones(16, device=device))
+    expected = gradients(pf.reference.token_logprobs, *operands, torch.ones(16, device=device))
+    for name in found:
+        # In fp32 log p is 0 or at least its unit roundoff away, so 1 − p is known to 6e-8 of 1.
+        assert (found[name].double() - expected[name]).abs().max() < 2e-7 * gap
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e4], ids=["tiny logits", "huge logits"])
+def test_extreme_logits(scale: float, device: str) -> None:
+    hidden, weight, targets = make_problem(20, 70, 32, device=device, scale=scale)
+    head = pf.LMHead(weight)
+    result = pf.token_logprobs(hidden, head, targets, stats=pf.STATS, backend="triton")
+    truth = pf.reference.token_logprobs(hidden, head, targets, stats=pf.STATS)
+    plain = plain_stats(hidden, head, targets)
+    for name in FLOATS:
+        ours, theirs = ((x - getattr(truth, name)).abs().max() for x in (getattr(result, name), plain[name]))
+        # Absolutely, since entropy and log-probs near 0 are differences of numbers of the logits' size.
+        assert ours <= 4 * theirs + 1e-6 * max(1.0, scale), name
+
+
+def test_all_ignored(device: str) -> None:
+    hidden, weight, targets = make_problem(6, 40, 16, device=device)
+    head = pf.LMHead(weight.requires_grad_())
+    operands = (hidden.requires_grad_(), head, torch.full_like(targets, -100))
+    assert (pf.token_logprobs(*operands, stats=("entropy",), backend="triton").entropy == 0).all()
+    for tolerance in (0.0, 0.1):
+        found = triton_gradients(*operands, torch.ones(6, device=device), tolerance=tolerance)
+        assert all((g == 0).all() for g in found.values())
+
+
+def test_ranges_of_the_vocabulary(device: str, monkeypatch) -> None:
+    """The exact backward in several ranges, the last one narrower."""
+    monkeypatch.setattr(linear_logprob, "WORKSPACE_BYTES", 1)
+    hidden, weight, targets = make_problem(20, 600, 32, device=device)
+    operands = (hidden.requires_grad_(), pf.LMHead(weight.requires_grad_()), targets, torch.randn(20, device=device))
+    found, expected = triton_gradients(*operands), gradients(pf.reference.token_logprobs, *operands)
+    for name in found:
+        assert relative_error(found[name], expected[name]) < 1e-6
+
+
+def many_chunks(device: str) -> tuple[Tensor, pf.LMHead, Tensor, Tensor]:
+    """Three chunks of tokens, the last one partial, with concentrated probabilities and an upstream gradient."""
+    chunk = (
+        sampled_grad.BLOCKS_PER_CHUNK
+        * configs.lookup("forward", configs.architecture(torch.device(device)), torch.float32, 32).block_n
+    )
+    hidden, weight, targets = make_problem(5 * chunk // 2, 300, 32, device=device)
+    targets[: len(targets) // 2] = (hidden @ weight.T).argmax(-1)[: len(targets) // 2]
+    return hidden.requires_grad_(), pf.LMHead(weight.requires_grad_()), targets, torch.rand(len(targets), device=device)
+
+
+@pytest.mark.parametrize("workspace", [sampled_grad.WORKSPACE_BYTES, 1], ids=["chunks at once", "one by one"])
+def test_sampled_gradient(workspace: int, device: str, monkeypatch) -> None:
+    """Within its tolerance, another one for each seed, the same bits for the same seed, and right on average."""
+    monkeypatch.setattr(sampled_grad, "MAX_SHARE", 1.0)
+    monkeypatch.setattr(sampled_grad, "WORKSPACE_BYTES", workspace)
+    operands = many_chunks(device)
+    expected = gradients(pf.reference.token_logprobs, *operands)
+    draws = [triton_gradients(*operands, tolerance=0.1, seed=seed) for seed in (0, 1, 2, 0)]
+    for name, truth in expected.items():
+        errors = [relative_error(draw[name], truth) for draw in draws[:3]]
+        assert max(errors) < 0.1 and min(errors) > 1e-4
+        assert relative_error(sum(draw[name].double() for draw in draws[:3]) / 3, truth) < 0.8 * max(errors)
+        assert torch.equal(draws[0][name], draws[3][name]) and not torch.equal(draws[0][name], draws[1][name])
+
+
+def test_flat_softmax_is_exact(device: str) -> None:
+    """Where nearly all columns would be needed the gradient is the exact one, to the bit."""
+    hidden, weight, targets = make_problem(20, 70, 32, device=device, scale=0.1)
+    operands = (hidden.requires_grad_(), pf.LMHead(weight.requires_grad_()), targets, torch.ones(20, device=device))
+    found, exact = triton_gradients(*operands, tolerance=1e-3), triton_gradients(*operands)
+    assert all(torch.equal(found[name], exact[name]) for name in exact)
+
+
+def test_float64_is_refused(device: str) -> None:
+    hidden, weight, targets = make_problem(4, 20, 16, torch.float64, device)
+    with pytest.raises(NotImplementedError, match='float64: use backend="torch"'):
+        pf.token_logprobs(hidden, pf.LMHead(weight), targets, backend="triton")
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.05], ids=["exact", "sampled"])
+def test_operators(tolerance: float, device: str, monkeypatch) -> None:
+    monkeypatch.setattr(sampled_grad, "MAX_SHARE", 1.0)
+    hidden, weight, targets = make_problem(20, 70, 32, device=device)
+    targets[4] = -100
+    leaves = (hidden.requires_grad_(), weight.requires_grad_(), torch.randn(70, device=device).requires_grad_())
+    steering = (1.0, 5.0, -100, tolerance, 0)
+    forward = (*leaves, targets, 1.0, 5.0, "entropy,is_top1", -100, tolerance, 0)
+    torch.library.opcheck(torch.ops.prefopt_fast.linear_logprob.default, forward)
+    saved = [t.detach() for t in torch.ops.prefopt_fast.linear_logprob(*forward)]
+    del saved[2]  # the statistics
+    backward = (torch.ones(20, device=device), *(leaf.detach() for leaf in leaves), targets, *saved, *steering)
+    torch.library.opcheck(torch.ops.prefopt_fast.linear_logprob_backward.default, (*backward, [True, True, True]))
+
+
+def test_compile_and_export(device: str) -> None:
+    hidden, weight, targets = make_problem(20, 70, 32, device=device)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        result = pf.token_logprobs(hidden, pf.LMHead(weight), targets, stats=("entropy",), backend="triton")
+        return (result.logprobs * result.entropy).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for ours, eager in zip(
+        *(torch.autograd.grad(f(hidden, weight), (hidden, weight)) for f in (compiled, loss)), strict=True
+    ):
+        assert torch.equal(ours, eager)
+
+    class Module(torch.nn.Module):
+        def forward(self, hidden: Tensor, weight: Tensor) -> Tensor:
+            return loss(hidden, weight)
+
+    operands = (hidden.detach(), weight.detach())
+    exported = torch.export.export(Module(), operands).module()
+    assert torch.equal(exported(*operands), loss(*operands))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU with 24 GiB")
+def test_more_than_2_to_31_elements(device: str) -> None:
+    """The last rows of a weight with 2³¹ elements and more are found."""
+    weight = torch.zeros(2**31 // 4096 + 512, 4096, device=device, dtype=torch.bfloat16)
+    weight[-1, 0] = 8.0
+    hidden = torch.zeros(64, 4096, device=device, dtype=torch.bfloat16)
+    hidden[:, 0] = 4.0
+    targets = torch.full((64,), len(weight) - 1, device=device)
+    result = pf.token_logprobs(hidden, pf.LMHead(weight), targets, backend="triton")
+    expected = 32 - math.log(math.exp(32) + len(weight) - 1)
+    assert (result.logprobs - expected).abs().max() < 1e-5
