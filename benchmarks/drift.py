@@ -33,7 +33,7 @@ PARTS = {
     "full": "WPO, all weights",
     "lora": "WPO, LoRA (frozen head)",
 }
-MEASURES = {"loss": "held-out loss", "entropy": "held-out entropy", "kl": "KL from the exactly trained model"}
+MEASURES = {"loss": "loss minus exact", "entropy": "entropy minus exact", "kl": "KL from exact"}
 
 
 class Variant(NamedTuple):
@@ -342,7 +342,7 @@ def _cell(values: list[float], form: str) -> str:
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
-    """Parts by measures, one line for each variant, the seeds' range as a band."""
+    """Parts by measures, a line for each variant: means over seeds, their range as a band, exact seeds' own in grey."""
     import plots
     from plots import plt
 
@@ -350,34 +350,40 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     colors = dict(zip(NAMES, ("#222222", plots.GREY, plots.BLUE, plots.GREEN, plots.ORANGE), strict=True))
     with plt.rc_context(plots.STYLE):
         figure, axes = plt.subplots(
-            len(parts), 3, figsize=(11, 3.1 * len(parts) + 0.4), squeeze=False, layout="constrained"
+            len(parts), 3, figsize=(11.5, 3.1 * len(parts) + 0.4), squeeze=False, layout="constrained"
         )
         for line, part in zip(axes, parts, strict=True):
+            curves = {name: list(seeds.values()) for name, seeds in results[part]["curves"].items()}
+            exact, between = curves["exact"], results[part]["kl_between_seeds"]
+            steps = [point["step"] for point in exact[0]]
             for axis, (measure, label) in zip(line, MEASURES.items(), strict=True):
-                for name, seeds in results[part]["curves"].items():
-                    if measure == "kl" and name == "exact":
+                for name, runs in curves.items():
+                    if name == "exact":
                         continue
-                    steps = [point["step"] for point in next(iter(seeds.values()))]
-                    values = [[curve[i][measure] for curve in seeds.values()] for i in range(len(steps))]
-                    axis.plot(steps, [statistics.mean(v) for v in values], color=colors[name], label=name,
-                              linestyle="--" if name == "bf16" else "-", marker="o", markersize=3)  # fmt: skip
-                    if len(seeds) > 1:
-                        axis.fill_between(
-                            steps, [min(v) for v in values], [max(v) for v in values], color=colors[name], alpha=0.1,
-                            linewidth=0,
-                        )  # fmt: skip
-                axis.set(xlabel="step", ylabel=f"{label} (nats)")
-                if measure == "kl":
+                    pairs = [list(zip(run, base, strict=True)) for run, base in zip(runs, exact, strict=True)]
+                    values = [
+                        [pair[i][0][measure] - pair[i][1][measure] for pair in pairs] for i in range(len(steps))
+                    ]  # the exact run's KL from itself is 0
+                    means, low, high = zip(*((statistics.mean(v), min(v), max(v)) for v in values), strict=True)
+                    line_style = {"linestyle": "--" if name == "bf16" else "-", "marker": "o", "markersize": 3}
+                    axis.plot(steps, means, color=colors[name], label=name, **line_style)
+                    axis.fill_between(steps, low, high, color=colors[name], alpha=0.1, linewidth=0)
+                if measure != "kl":
+                    spread = [_half_range([run[i][measure] for run in exact]) for i in range(len(steps))]
+                    axis.axhline(0.0, color=colors["exact"], linewidth=1)
+                    axis.fill_between(steps, [-x for x in spread], spread, color=plots.GREY, alpha=0.15, linewidth=0)
+                else:
                     axis.set_yscale("log")
-                    if between := results[part]["kl_between_seeds"]:
-                        axis.axhline(statistics.mean(between), color="#222222", linewidth=1, linestyle=":")
-                        axis.annotate(
-                            "between seeds of the exact run", (0.02, statistics.mean(between)), va="bottom",
-                            xycoords=("axes fraction", "data"), fontsize=8, color="#444444",
-                        )  # fmt: skip
+                    if between:
+                        axis.axhline(statistics.mean(between), color=colors["exact"], linewidth=1, linestyle=":")
+                        place = {"xycoords": ("axes fraction", "data"), "va": "bottom", "fontsize": 8}
+                        axis.annotate("between seeds of the exact run", (0.02, statistics.mean(between)), **place)
+                axis.xaxis.get_major_locator().set_params(integer=True)
+                axis.set(xlabel="step", ylabel=f"{label} (nats)")
             line[0].set_title(PARTS[part], fontsize=11)
-        handles = axes[0][0].get_legend_handles_labels()
-        figure.legend(*handles, loc="outside lower center", ncols=len(handles[0]))
+        handles, labels = axes[0][0].get_legend_handles_labels()
+        handles.append(plt.Rectangle((0, 0), 1, 1, color=plots.GREY, alpha=0.15))
+        figure.legend(handles, [*labels, "spread of exact seeds"], loc="outside lower center", ncols=len(handles))
         figure.savefig(path)
         plt.close(figure)
 

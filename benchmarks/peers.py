@@ -96,12 +96,17 @@ def full_logits_compiled(problem: Problem) -> Tensor:
     return _compiled()(problem.hidden, problem.weight, problem.targets, _log_sum_sq_probs(problem))[0]
 
 
-def linear_cross_entropy(problem: Problem) -> Tensor:
-    _without_stats(problem)
-    if not hasattr(F, "linear_cross_entropy"):
-        raise Absent(f"torch {torch.__version__} has no torch.nn.functional.linear_cross_entropy")
-    options = torch.nn.LinearCrossEntropyOptions()
-    return -F.linear_cross_entropy(problem.hidden, problem.weight, problem.targets, reduction="none", options=options)
+def linear_cross_entropy(**chunking: Any) -> Callable[[Problem], Tensor]:
+    def forward(problem: Problem) -> Tensor:
+        _without_stats(problem)
+        if not hasattr(F, "linear_cross_entropy"):
+            raise Absent(f"torch {torch.__version__} has no torch.nn.functional.linear_cross_entropy")
+        options = torch.nn.LinearCrossEntropyOptions(**chunking)
+        return -F.linear_cross_entropy(
+            problem.hidden, problem.weight, problem.targets, reduction="none", options=options
+        )
+
+    return forward
 
 
 @cache
@@ -176,7 +181,16 @@ _COMPILED = "compiled for these shapes"
 OTHERS = (
     Peer("full logits", full_logits, "autograd"),
     Peer("full logits, torch.compile", full_logits_compiled, _COMPILED, compiled=True),
-    Peer("F.linear_cross_entropy", linear_cross_entropy, 'reduction="none", default LinearCrossEntropyOptions'),
+    Peer(
+        "F.linear_cross_entropy",
+        linear_cross_entropy(batch_chunk_size=PRODUCT_CHUNK, chunking_method=None),
+        f'reduction="none", chunks of {PRODUCT_CHUNK} tokens',
+    ),
+    Peer(
+        "F.linear_cross_entropy, defaults",
+        linear_cross_entropy(),
+        'reduction="none", LinearCrossEntropyOptions() sizes its chunks by the aspect ratio',
+    ),
     Peer("TRL ChunkedLogProb", trl, f"vocabulary chunks of {TRL_VOCAB_CHUNK:,}, as its trainers call it"),
     Peer(
         "Liger chunked DPO", liger_dpo, "whole pairs, one per chunk; returns a loss, weighs tokens by it", compiled=True

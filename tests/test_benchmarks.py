@@ -76,7 +76,7 @@ def test_a_frozen_head_takes_no_gradient(problem: inputs.Problem) -> None:
 def test_statistic_is_asked_for_or_refused(problem: inputs.Problem) -> None:
     leaves = problem.with_stats("log_sum_sq_probs").leaves()
     assert bench.probe(peers.our_peers("cpu")[1], leaves) is None
-    assert "log_sum_sq_probs" in (bench.probe(peers.Peer("lce", peers.linear_cross_entropy), leaves) or "")
+    assert "log_sum_sq_probs" in (bench.probe(peers.Peer("lce", peers.linear_cross_entropy()), leaves) or "")
 
 
 def test_peak_memory_is_that_of_the_logits(problem: inputs.Problem) -> None:
