@@ -1,6 +1,18 @@
 """An unbiased gradient from a few columns of the vocabulary: which columns, with what weights, how large an error.
 
-Letters: C tokens in a chunk, V vocabulary, S columns kept.
+A trained model's softmax is concentrated, so of dh_t = W[y_t] − Σ_v p_tv W_v few columns carry most. Per chunk, column
+v is drawn with probability π_v = min(1, n_v / ε), n_v = (Σ_t (p_tv / tol_t)²)^½: for a sum of independently drawn
+terms this π is the one with the least variance at a given number of columns. What is drawn is not p but its deviation
+from a rank-1 control variate: with q the chunk's average distribution over the uncertain columns (π < 1), δ_t the
+token's mass on them and μ = qᵀW,
+
+    Σ_v p_tv W_v  =  Σ_{π=1} p_tv W_v + δ_t μ + Σ_{π<1} (p_tv − δ_t q_v) (W_v − μ),
+
+in which (W_v − μ) may stand for W_v because Σ_v (p_tv − δ_t q_v) = 0. Only the last sum is sampled, each drawn column
+weighed by 1/π_v, so the expectation over draws is the exact gradient.
+
+Letters: C tokens in a chunk, V vocabulary, S columns drawn, H hidden size. The target's own column is left out of p
+everywhere here: its coefficient 1 − p_y is kept exactly, beside the sample.
 """
 
 from __future__ import annotations
@@ -9,6 +21,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+# ε for a chunk of C tokens starts at this · τ² · √C: within 30 % of what the hidden states of a small chat model need.
+INITIAL_LEVEL = 8.0
+MARGIN = 0.8  # of the tolerance, aimed at: a chunk's estimate scatters by some 10 %
+OUTLIER = 4.0  # a token may be this many tolerances wrong
+SKETCH = 64  # dimensions in which the norms of dweight's rows are estimated
+NEGLIGIBLE = 0.1  # a token's gradient counts as at least this much of its chunk's root mean square
 
 
 class Selection(NamedTuple):
@@ -20,7 +39,7 @@ class Selection(NamedTuple):
 
 def select_columns(
     score: Tensor,  # (V,)
-    targets: Tensor,  # (C,), int64
+    targets: Tensor | None,  # (C,), int64
     epsilon: float,
     uniform: Tensor,  # (V,), in [0, 1)
 ) -> Selection:
@@ -30,6 +49,150 @@ def select_columns(
     kept by 1/keep leaves the gradient unbiased whatever the score. The kept columns are few: the call synchronizes an
     accelerator once, to learn how many.
     """
-    keep = (score / epsilon).clamp_(max=1.0).index_fill_(0, targets, 1.0)
+    keep = (score / epsilon).clamp_(max=1.0)
+    if targets is not None:
+        keep.index_fill_(0, targets, 1.0)
     columns = (uniform < keep).nonzero().squeeze(-1)
     return Selection(columns, keep[columns])
+
+
+def token_weights(
+    rest: Tensor,  # (C,), Σ_{v≠y} e^{z_v − shift}
+    target: Tensor,  # (C,), e^{z_y − shift}
+) -> Tensor:
+    """(C,) weights w with w_t · e^{z_tv − shift_t} = p_tv / tol_t, up to a constant.
+
+    The tolerated error tol_t is the size of the token's gradient, for which 1 − p_y stands. A partial sum in ``rest``
+    gives too large weights, never too small: columns chosen by them contain those that the whole sum would choose.
+    """
+    total = rest + target
+    miss = rest / total
+    floor = NEGLIGIBLE * torch.linalg.vector_norm(miss) / len(miss) ** 0.5
+    return 1 / (miss.clamp(min=1e-6).clamp_(min=floor) * total)
+
+
+class Sample(NamedTuple):
+    """The sampled part of one chunk's gradient: Σ_v p_tv W_v ≈ coefficientsᵀ W[columns] + remainder ⊗ qᵀW."""
+
+    columns: Tensor  # (S,), int64
+    keep: Tensor  # (S,), π
+    tail: Tensor  # (V,), q
+    mass: Tensor  # (C,), δ
+
+
+def make_sample(
+    selection: Selection,
+    probs: Tensor,  # (S, C), of the selected columns
+    column_mass: Tensor,  # (V,), any average of the tokens' distributions that does not depend on the draw; overwritten
+    total: Tensor,  # (C,), Σ_v p_tv
+) -> Sample:
+    """The control variate that goes with a selection."""
+    certain = selection.keep == 1
+    tail = column_mass.index_fill_(0, selection.columns[certain], 0.0)
+    tail /= tail.sum().clamp_(min=torch.finfo(tail.dtype).tiny)
+    mass = total - certain.to(probs.dtype) @ probs
+    return Sample(selection.columns, selection.keep, tail, mass)
+
+
+def coefficients(
+    sample: Sample,
+    probs: Tensor,  # (S, C), of the sample's columns; overwritten
+    total: Tensor,  # (C,), Σ_v p_tv
+) -> tuple[Tensor, Tensor]:
+    """(S, C) coefficients of W[columns], and the (C,) remainder that multiplies qᵀW."""
+    probs.addr_(sample.tail[sample.columns], sample.mass, alpha=-1).div_(sample.keep[:, None])
+    return probs, total - probs.sum(0)
+
+
+def sampling_variance(
+    sample: Sample,
+    squares: Tensor,  # (S, C), of the coefficients
+    rows: Tensor,  # (S, H), W[columns]
+) -> tuple[Tensor, Tensor]:
+    """(C,) expected squared error of each token's sampled gradient, and (H,) μ, both estimated from the drawn columns.
+
+    With b_v ~ Bernoulli(π_v), Var Σ_v (b_v / π_v) a_v x_v = Σ_v (1 − π_v) / π_v · a_v² ‖x_v‖², for which stands
+    Σ_{v drawn} (1 − π_v) (a_v / π_v)² ‖x_v‖², here with x_v = W_v − μ and μ estimated from the same columns.
+    """
+    parts = sample.tail[sample.columns] / sample.keep
+    centre = (parts @ rows) / parts.sum().clamp_(min=torch.finfo(parts.dtype).tiny)
+    distance = torch.linalg.vecdot(rows, rows) - 2 * (rows @ centre) + centre @ centre
+    return (distance.clamp_(min=0) * (1 - sample.keep)) @ squares, centre
+
+
+def coherent_variance(
+    keep: Tensor,  # (S,)
+    coefficients: Tensor,  # (S, C)
+    hidden: Tensor,  # (C, SKETCH), a random projection of the hidden states
+) -> float:
+    """Expected squared error of dweight (Frobenius) where all tokens have one upstream gradient, as in a sequence.
+
+    Hidden states share directions, so that a column's errors add up: that can exceed Σ_t of the tokens' own by far.
+    """
+    return float((1 - keep) @ (coefficients @ hidden).square_().sum(1))
+
+
+class Steering:
+    """Sets ε from chunk to chunk so that the estimated errors stay within the tolerance, and keeps the record of it."""
+
+    def __init__(self, tolerance: float) -> None:
+        self.level = INITIAL_LEVEL * tolerance**2
+        self.skip = self.patience = 0
+        self.chunks = self.dense_chunks = 0
+        self.kept = self.largest_mass = self.error = self.size = 0.0
+
+    def epsilon(self, tokens: int) -> float:
+        """n_v is the norm of C numbers, so that ε grows with √C at a given share of columns."""
+        return self.level * tokens**0.5
+
+    def wants_dense(self) -> bool:
+        """Whether the next chunk should not even be tried: after the n-th failure in a row the next 2ⁿ − 1 are not."""
+        self.chunks += 1
+        self.skip -= 1
+        return self.skip >= 0
+
+    def record_dense(self) -> None:
+        """A chunk was computed exactly."""
+        self.dense_chunks += 1
+        if self.skip < 0:
+            self.patience = min(2 * self.patience + 1, 63)
+            self.skip = self.patience
+
+    def ratio(self, error: Tensor, size: Tensor, failing: Tensor, tolerance: float) -> float:
+        """Squared error of the tokens that do not fail, over what is allowed to the chunk."""
+        error = error.masked_fill(failing, 0)
+        self.error, self.size = self.error + float(error.sum()), self.size + float(size.sum())
+        return float(error.sum()) / max(tolerance**2 * float(size.sum()), 1e-30)
+
+    def record(self, ratio: float, share: float, mass: float) -> None:
+        """A chunk was sampled: its squared error over what is allowed, its share of columns, its largest δ_t."""
+        self.patience = 0
+        # The squared error is between linear and quadratic in ε: Σ_v n_v (ε − n_v) over the columns with n_v < ε.
+        self.level *= min(4.0, max(0.25, (MARGIN**2 / max(ratio, 1e-9)) ** 0.7))
+        self.kept += share
+        self.largest_mass = max(self.largest_mass, mass)
+
+    def report(self) -> tuple[float, float, float, int, int]:
+        """columns_kept, max_dropped_mass, estimated_error, dense_chunks, chunks: see GradReport."""
+        sampled = self.chunks - self.dense_chunks
+        kept = (self.kept + self.dense_chunks) / max(self.chunks, 1)
+        error = (self.error / self.size) ** 0.5 if sampled else 0.0
+        return kept, self.largest_mass, error, self.dense_chunks, self.chunks
+
+
+def failing_tokens(
+    error: Tensor,  # (C,), squared
+    size: Tensor,  # (C,), squared
+    tolerance: float,
+) -> Tensor:
+    """(C,) bool: tokens to be computed densely, so that the rest keeps ‖error‖_F ≤ τ ‖size‖_F and, each, 4τ of its own.
+
+    A token predicted with certainty has almost no gradient, and an error relative to its own norm would mean nothing:
+    its size counts as at least a tenth of the root mean square.
+    """
+    failing = error > (OUTLIER * tolerance) ** 2 * size.clamp(min=NEGLIGIBLE**2 * size.mean())
+    worst = error.argsort(descending=True)
+    # Error of a token and of all that are better than it.
+    remaining = error[worst].flip(0).cumsum(0).flip(0)
+    failing[worst] |= remaining > tolerance**2 * size.sum()
+    return failing

@@ -1,22 +1,51 @@
-"""Token statistics and their exact gradient in plain torch, a chunk of tokens at a time: CPUs and any other device.
+"""Token statistics and their gradients in plain torch, tile by tile: CPUs and any other device.
 
-Letters: N tokens, H hidden size, V vocabulary, C tokens in a chunk. Logits are formed, and gradients accumulated, in
-fp32 (fp64 for fp64 inputs) whatever the inputs' dtype: a bf16 logit of 20 is wrong by 0.06 before any statistic.
+Letters: N tokens, H hidden size, V vocabulary, C tokens in a chunk, T vocabulary entries in a tile, S columns drawn.
+A chunk's logits exist one (T, C) tile at a time, small enough to stay in a core's cache while every pass over it runs.
+Logits are formed, and gradients accumulated, in fp32 (fp64 for fp64 inputs) whatever the inputs' dtype: a bf16 logit of
+20 is wrong by 0.06 before any statistic.
+
+With e_v = exp(z_v − shift), the sum ρ = Σ_{v≠y} e_v leaves the target out. Then log p_y = −log1p(ρ / e_y) and
+1 − p_y = ρ / (ρ + e_y) keep all their digits as p_y → 1, where 1 − exp(log p_y) has none, and log p_y ≤ 0 always.
+The shift is the target's logit: a fixed one saves the pass for the maximum and all rescaling, and only has to be within
+exp's range of the largest logit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .dispatch import Options, Report
+from .sparse_grad import (
+    SKETCH,
+    Sample,
+    Selection,
+    Steering,
+    coefficients,
+    coherent_variance,
+    failing_tokens,
+    make_sample,
+    sampling_variance,
+    select_columns,
+    token_weights,
+)
 
-CHUNK_BYTES = 64 << 20  # of one (C, V) buffer of logits; a call holds at most three of them
-WEIGHT_TILE = 4096  # rows of a 16-bit weight that are upcast at a time
+TILE_ELEMENTS = {"cpu": 1 << 18}  # of one (T, C) tile: 1 MiB of fp32
+OTHER_TILE_ELEMENTS = 1 << 24  # where a launch costs more than leaving the cache
+EXACT_CHUNK = 512  # tokens
+SAMPLED_CHUNK = 128  # tokens: a smaller chunk needs fewer columns, a larger one fewer gathers
+FIRST_CHUNK = 64  # tokens: what it teaches about ε should not cost much
+PROBS_BYTES = 256 << 20  # of exact probabilities kept for the backward; beyond it they are recomputed
+SAMPLE_BYTES = 64 << 20  # of sampled coefficients kept for the backward; beyond it they are recomputed
+UPCAST_ROWS = 4096  # of a 16-bit weight at a time
+HALF_TOLERANCE = 2.0**-9  # from here on coefficients are kept in fp16: their rounding is 2⁻¹² beside it
+MAX_KEPT = 0.6  # share of the columns from which on a chunk is computed exactly
 
 
 def linear_logprob(
@@ -29,13 +58,333 @@ def linear_logprob(
     options: Options,
 ) -> tuple[dict[str, Tensor], Report | None]:
     """See kernels/dispatch.py for the contract."""
-    outputs = _linear_logprob(hidden, weight, bias, targets, transform, stats, options)
-    return dict(zip(("logprobs", *stats), outputs, strict=True)), None
+    *outputs, report = _linear_logprob(
+        hidden, weight, bias, targets, transform, stats, options, torch.is_grad_enabled()
+    )
+    return dict(zip(("logprobs", *stats), outputs, strict=True)), report
 
 
 @torch.compiler.disable
-def _linear_logprob(*operands: Any) -> tuple[Tensor, ...]:
+def _linear_logprob(*operands: Any) -> tuple[Any, ...]:
     return _LinearLogprob.apply(*operands)
+
+
+class _Head(NamedTuple):
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+    scale: float
+    softcap: float | None
+    dtype: torch.dtype  # of logits and gradients
+
+    def rows(self, index: Tensor | slice) -> Tensor:
+        """(S, H) rows of the weight in the dtype of gradients."""
+        rows = self.weight[index] if isinstance(index, slice) else self.weight.index_select(0, index)
+        return rows.to(self.dtype)
+
+    def logits(self, hidden: Tensor, index: Tensor | slice, out: Tensor | None = None) -> Tensor:
+        """(S, C) logits of ``hidden`` (C, H) at rows ``index`` of the weight."""
+        if hidden.dtype == self.dtype:
+            logits = torch.mm(self.rows(index), hidden.T, out=out)
+        else:
+            logits = torch.mm(self.weight[index], hidden.T, out_dtype=self.dtype)
+        return self._transform(logits, index)
+
+    def target_logits(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """(C,) logits of each token's target, from a product of their own: not the last bit of those of logits()."""
+        return self._transform(torch.linalg.vecdot(self.rows(targets), hidden.to(self.dtype))[:, None], targets)[:, 0]
+
+    def _transform(self, logits: Tensor, index: Tensor | slice) -> Tensor:
+        if self.bias is not None:
+            logits += self.bias[index].to(self.dtype)[:, None]
+        if self.softcap is not None:
+            return logits.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap)
+        return logits.mul_(self.scale) if self.scale != 1.0 else logits
+
+    def slope(self, logits: Tensor) -> Tensor:
+        """∂z / ∂(scale · x) of a soft cap: 1 − (z / cap)²."""
+        return (logits / self.softcap).square_().neg_().add_(1)
+
+    def product_input(self, hidden: Tensor) -> Tensor:
+        """hidden as logits() wants it: CUDA multiplies 16-bit operands into fp32 sums, elsewhere they are upcast."""
+        return hidden if hidden.is_cuda and hidden.dtype.itemsize == 2 else hidden.to(self.dtype)
+
+
+class _Pass:
+    """One walk over the vocabulary for a chunk of tokens; its sums are complete once all tiles have gone by."""
+
+    def __init__(self, head: _Head, hidden: Tensor, targets: Tensor, stats: tuple[str, ...], shift: Tensor) -> None:
+        self.head, self.hidden, self.targets, self.stats, self.shift = head, hidden, targets, stats, shift
+        self.target_logit = shift.clone()
+        zeros = torch.zeros_like
+        self.rest = zeros(shift)  # Σ_{v≠y} e_v
+        self.gradient_rest = zeros(shift) if head.softcap else self.rest  # Σ_{v≠y} e_v · slope_v
+        self.squares, self.moment, self.logit_sum = zeros(shift), zeros(shift), zeros(shift)
+        self.largest = torch.full_like(shift, -torch.inf)  # max_{v≠y} z_v − shift
+
+    def tiles(self, probs: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """Vocabulary range and e · slope (T, C) of each tile, 0 at targets; they fill ``probs`` (V, C) where given."""
+        head, stats = self.head, self.stats
+        vocab, chunk = head.weight.shape[0], len(self.targets)
+        device = self.shift.device
+        size = max(64, TILE_ELEMENTS.get(device.type, OTHER_TILE_ELEMENTS) // chunk)
+        starts = range(0, vocab, size)
+        buffer = self.shift.new_empty(min(size, vocab), chunk) if probs is None else probs
+        lowest = torch.finfo(head.dtype).min
+        by_target = self.targets.argsort(stable=True)
+        edges = torch.tensor([*starts, vocab], device=device)
+        bounds = torch.searchsorted(self.targets[by_target], edges).tolist()
+        for k, start in enumerate(starts):
+            tile = slice(start, min(start + size, vocab))
+            logits = head.logits(self.hidden, tile, buffer[: tile.stop - start] if probs is None else probs[tile])
+            if "mean_logit" in stats:
+                self.logit_sum += logits.sum(0)
+            slope = None if head.softcap is None else head.slope(logits)
+            tokens = by_target[bounds[k] : bounds[k + 1]]
+            at_target = (self.targets[tokens] - start, tokens)
+            self.target_logit[tokens] = logits[at_target]
+            logits -= self.shift
+            logits[at_target] = lowest
+            if "max_logprob" in stats or "is_top1" in stats:
+                torch.maximum(self.largest, logits.amax(0), out=self.largest)
+            if "entropy" in stats:
+                exp = logits.exp()
+                self.moment += logits.mul_(exp).sum(0)
+                logits.copy_(exp)
+            else:
+                logits.exp_()
+            self.rest += logits.sum(0)
+            if "log_sum_sq_probs" in stats:
+                self.squares += logits.square().sum(0)
+            if slope is not None:
+                self.gradient_rest += logits.mul_(slope).sum(0)
+            yield tile, logits
+
+    @property
+    def target(self) -> Tensor:
+        """(C,) e_y; infinite or 0 where the shift was far off."""
+        return (self.target_logit - self.shift).exp()
+
+    @property
+    def total(self) -> Tensor:
+        return self.rest + self.target
+
+    def overflowed(self) -> bool:
+        """Whether a sum of squares may have left the dtype's range."""
+        return bool((self.total > torch.finfo(self.shift.dtype).max ** 0.4).any())
+
+    def target_coefficient(self) -> Tensor:
+        """(C,) (1 − p_y) · slope_y."""
+        miss = self.rest / self.total
+        return miss if self.head.softcap is None else miss * self.head.slope(self.target_logit)
+
+    def values(self) -> dict[str, Tensor]:
+        """Every statistic asked for, with logprobs and logsumexp always."""
+        target, total = self.target, self.total
+        shifted = self.target_logit - self.shift
+        log_total = total.log()
+        largest = torch.maximum(self.largest, shifted)
+        values = {
+            "logsumexp": self.shift + log_total,
+            # Of a target that is not the most likely thing, the difference has all the digits that its logit has.
+            "logprobs": torch.where(target > self.rest, -torch.log1p(self.rest / target), shifted - log_total),
+            "log_sum_sq_probs": ((self.squares + target.square()) / total / total).log(),
+            "max_logprob": -(total / largest.exp()).log().clamp_(min=0),
+            "is_top1": shifted >= largest,
+            "entropy": log_total - (self.moment + target * shifted) / total,
+            "mean_logit": self.logit_sum / self.head.weight.shape[0],
+        }
+        return {name: values[name] for name in ("logprobs", "logsumexp", *self.stats)}
+
+
+class _Exact(NamedTuple):
+    """A chunk whose gradient is computed on every column."""
+
+    rows: Tensor  # (C,), indices of tokens
+    probs: Tensor | None  # (V, C), where kept
+
+
+class _Sampled(NamedTuple):
+    """A chunk whose gradient is sampled; see sparse_grad.py."""
+
+    rows: Tensor  # (C,), indices of tokens
+    columns: Tensor  # (S,)
+    keep: Tensor  # (S,)
+    tail: Tensor  # (V,)
+    mass: Tensor  # (C,)
+    remainder: Tensor  # (C,)
+    coefficients: Tensor | None  # (S, C), where kept
+
+
+class _Forward:
+    """Fills the outputs of one call, chunk by chunk, with what its backward will need."""
+
+    def __init__(
+        self,
+        head: _Head,
+        hidden: Tensor,  # (N, H)
+        targets: Tensor,  # (N,)
+        stats: tuple[str, ...],
+        options: Options,
+        needs: tuple[bool, bool],  # gradient of hidden, of weight or bias
+    ) -> None:
+        self.head, self.hidden, self.targets, self.stats = head, hidden, targets, stats
+        self.need_hidden, self.need_weight = needs
+        tokens = targets.shape
+        self.outputs = {
+            name: targets.new_zeros(tokens, dtype=torch.bool if name == "is_top1" else head.dtype)
+            for name in dict.fromkeys(("logprobs", "logsumexp", *stats))
+        }
+        self.at_target, self.others = (targets.new_zeros(tokens, dtype=head.dtype) for _ in range(2))
+        self.unscaled = hidden.new_zeros(hidden.shape, dtype=head.dtype) if self.need_hidden else None
+        self.exact: list[_Exact] = []
+        self.sampled: list[_Sampled] = []
+        self.probs_left, self.sample_left = PROBS_BYTES, SAMPLE_BYTES
+        self.tolerances = options.grad_tolerance
+        needed = [tolerance for tolerance, need in zip(options.grad_tolerance, needs, strict=True) if need]
+        self.steering = Steering(min(needed)) if needed and min(needed) > 0 else None
+        self.generator = torch.Generator(hidden.device).manual_seed(options.seed)
+        size = (hidden.shape[1], SKETCH)
+        self.sketch = torch.randn(size, generator=self.generator, device=hidden.device, dtype=head.dtype) / SKETCH**0.5
+
+    def run(self, rows: Tensor) -> Report | None:
+        steering = self.steering
+        if steering is None:
+            self.exact_chunks(rows)
+            return None
+        dense = [rows[:0]]
+        for chunk in (rows[:FIRST_CHUNK], *rows[FIRST_CHUNK:].split(SAMPLED_CHUNK)):
+            if not len(chunk):
+                continue
+            failing = chunk if steering.wants_dense() else self.sampled_chunk(chunk)
+            if len(failing) == len(chunk):
+                steering.record_dense()
+            dense.append(failing)
+        self.exact_chunks(torch.cat(dense))
+        if self.unscaled is not None and self.sampled:
+            # All μ = qᵀW in one product.
+            means = _times_weight(torch.stack([part.tail for part in self.sampled]), self.head)
+            for part, mean in zip(self.sampled, means, strict=True):
+                self.unscaled.index_add_(0, part.rows, part.remainder[:, None] * -mean)
+        return steering.report()
+
+    def emit(self, rows: Tensor, done: _Pass) -> None:
+        for name, value in done.values().items():
+            self.outputs[name][rows] = value
+        self.at_target[rows] = done.target_coefficient()
+        self.others[rows] = done.gradient_rest / done.total
+
+    def exact_chunks(self, rows: Tensor) -> None:
+        for chunk in rows.split(EXACT_CHUNK) if len(rows) else ():
+            self.exact_chunk(chunk)
+
+    def exact_chunk(self, rows: Tensor) -> None:
+        head, targets = self.head, self.targets[rows]
+        hidden = head.product_input(self.hidden[rows])
+        size = len(rows) * head.weight.shape[0] * head.dtype.itemsize
+        probs = None
+        if self.need_weight and size <= self.probs_left:
+            self.probs_left -= size
+            probs = self.at_target.new_empty(head.weight.shape[0], len(rows))
+        shift = head.target_logits(hidden, targets)
+        for _ in range(2):
+            expected = hidden.new_zeros(hidden.shape, dtype=head.dtype) if self.need_hidden else None  # Σ_{v≠y} e_v W_v
+            walk = _Pass(head, hidden, targets, self.stats, shift)
+            for tile, exp in walk.tiles(probs):
+                if expected is not None:
+                    expected.addmm_(exp.T, head.rows(tile))
+            if not walk.overflowed():
+                break
+            # Logits that exceed the target's by more than exp can hold: from their true maximum instead.
+            maximum = _Pass(head, hidden, targets, ("is_top1",), shift)
+            for _tile in maximum.tiles():
+                pass
+            shift = shift + maximum.largest.clamp(min=0)
+        self.emit(rows, walk)
+        total = walk.total
+        if expected is not None:
+            unscaled = head.rows(targets).mul_(self.at_target[rows, None])
+            self.unscaled[rows] = unscaled.sub_(expected.div_(total[:, None]))
+        if probs is not None:
+            probs /= total
+        if self.need_weight:
+            self.exact.append(_Exact(rows, probs))
+
+    def sampled_chunk(self, rows: Tensor) -> Tensor:
+        """Sample the gradient of tokens ``rows``; returns those of them for which that does not do."""
+        head, targets, steering = self.head, self.targets[rows], self.steering
+        hidden = head.product_input(self.hidden[rows])
+        vocab = head.weight.shape[0]
+        epsilon = steering.epsilon(len(rows))
+        uniform = torch.rand(vocab, generator=self.generator, device=hidden.device)
+        mass = self.at_target.new_empty(vocab)
+        walk = _Pass(head, hidden, targets, self.stats, head.target_logits(hidden, targets))
+        # Weights from sums still incomplete choose more columns than those from the whole sums will.
+        found, found_exp, count = [], [], 0
+        for tile, exp in walk.tiles():
+            weights = token_weights(walk.rest, walk.target)
+            torch.mv(exp, weights, out=mass[tile])
+            score = torch.mv(exp.square(), weights.square()).sqrt_()
+            columns = select_columns(score, None, epsilon, uniform[tile]).columns
+            found.append(columns + tile.start)
+            found_exp.append(exp.index_select(0, columns))
+            count += len(columns)
+            if count > MAX_KEPT * vocab:
+                return rows
+        if walk.overflowed():
+            return rows
+        total = walk.total
+        columns, probs = torch.cat(found), torch.cat(found_exp).div_(total)
+        weights = token_weights(walk.rest, walk.target).mul_(total)
+        chosen, keep = select_columns(probs.square().mv(weights.square()).sqrt_(), None, epsilon, uniform[columns])
+        columns, probs = columns[chosen], probs.index_select(0, chosen)
+        if len(columns) > MAX_KEPT * vocab:
+            return rows
+        others, at_target = walk.gradient_rest / total, walk.target_coefficient()
+        sample = make_sample(Selection(columns, keep), probs, mass, others)
+        coefs, remainder = coefficients(sample, probs, others)
+        squares = coefs.square()
+
+        failing = torch.zeros_like(targets, dtype=torch.bool)
+        ratio = 0.0
+        if self.need_weight:
+            length = hidden.to(head.dtype).square().sum(1)
+            error = length * ((1 - keep) @ squares)
+            size = length * (at_target.square() + keep @ squares)
+            failing |= failing_tokens(error, size, self.tolerances[1])
+            coherent = coherent_variance(keep, coefs, hidden.to(head.dtype) @ self.sketch)
+            ratio = max(
+                steering.ratio(error, size, failing, self.tolerances[1]),
+                coherent / (self.tolerances[1] ** 2 * float(size.sum()) + 1e-30),
+            )
+        if self.unscaled is not None:
+            weight = head.rows(columns)
+            unscaled = torch.addmm(head.rows(targets).mul_(at_target[:, None]), coefs.T, weight, alpha=-1)
+            error, mean = sampling_variance(sample, squares, weight)
+            size = torch.addr(unscaled, remainder, mean, alpha=-1).square_().sum(1)
+            failing |= failing_tokens(error, size, self.tolerances[0])
+            ratio = max(ratio, steering.ratio(error, size, failing, self.tolerances[0]))
+            self.unscaled[rows] = unscaled
+        self.emit(rows, walk)
+        if failing.all():
+            return rows
+        steering.record(ratio, len(columns) / vocab, float(sample.mass.max()))
+        if failing.any():
+            served = ~failing
+            rows_served, coefs, remainder = rows[served], coefs[:, served], remainder[served]
+            sample = sample._replace(mass=sample.mass[served])
+        else:
+            rows_served = rows
+        kept = None
+        if self.need_weight:
+            dtype = torch.float16 if min(self.tolerances) >= HALF_TOLERANCE else coefs.dtype
+            size = coefs.numel() * dtype.itemsize
+            if size <= self.sample_left:
+                self.sample_left -= size
+                kept = coefs.to(dtype)
+        self.sampled.append(
+            _Sampled(rows_served, sample.columns, sample.keep, sample.tail, sample.mass, remainder, kept)
+        )
+        return rows[failing]
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -49,136 +398,114 @@ class _LinearLogprob(torch.autograd.Function):
         transform: tuple[float, float | None],
         stats: tuple[str, ...],
         options: Options,
-    ) -> tuple[Tensor, ...]:
-        accumulate = _accumulate_dtype(hidden.dtype)
-        rows = (targets != options.ignore_index).nonzero().squeeze(-1)
-        outputs = {
-            name: targets.new_zeros(targets.shape, dtype=torch.bool if name == "is_top1" else accumulate)
-            for name in ("logprobs", *stats)
-        }
-        logsumexp = targets.new_zeros(targets.shape, dtype=accumulate)
+        grad_enabled: bool,
+    ) -> tuple[Any, ...]:
+        need_hidden, *need_rest = (grad_enabled and need for need in ctx.needs_input_grad[:3])
+        head = _Head(weight, bias, *transform, torch.promote_types(hidden.dtype, torch.float32))
+        call = _Forward(head, hidden, targets, stats, options, (need_hidden, any(need_rest)))
         with torch.autocast(hidden.device.type, enabled=False):
-            for chunk, logits in _logit_chunks(hidden, weight, bias, rows, transform):
-                values = _chunk_stats(logits, targets[chunk], stats)
-                logsumexp[chunk] = values["logsumexp"]
-                for name, output in outputs.items():
-                    output[chunk] = values[name]
-        ctx.save_for_backward(hidden, weight, bias, targets, rows, logsumexp, outputs["logprobs"])
-        ctx.transform = transform
-        result = tuple(outputs.values())
+            report = call.run((targets != options.ignore_index).nonzero().squeeze(-1))
+        ctx.transform, ctx.ignore_index = transform, options.ignore_index
+        ctx.exact, ctx.sampled = len(call.exact), len(call.sampled)
+        ctx.save_for_backward(
+            hidden, weight, bias, targets, call.outputs["logsumexp"], call.at_target, call.others, call.unscaled,
+            *chain.from_iterable((*call.exact, *call.sampled)),
+        )  # fmt: skip
+        result = [call.outputs[name] for name in ("logprobs", *stats)]
         ctx.mark_non_differentiable(*result[1:])
-        return result
+        return *result, report
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, rows, logsumexp, logprobs = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, logsumexp, at_target, others, unscaled, *parts = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        scale, softcap = ctx.transform
-        accumulate = logsumexp.dtype
-        dhidden = torch.zeros_like(hidden) if need_hidden else None
-        dweight = torch.zeros(weight.shape, dtype=accumulate, device=weight.device) if need_weight else None
-        dbias = torch.zeros(weight.shape[0], dtype=accumulate, device=weight.device) if need_bias else None
+        head = _Head(weight, bias, *ctx.transform, logsumexp.dtype)
+        split = ctx.exact * len(_Exact._fields)
+        exact, sampled = _unflatten(_Exact, parts[:split]), _unflatten(_Sampled, parts[split:])
+        rows = (targets != ctx.ignore_index).nonzero().squeeze(-1)
+        upstream = grad.to(head.dtype) * head.scale
 
         with torch.autocast(hidden.device.type, enabled=False):
-            for chunk, logits in _logit_chunks(hidden, weight, bias, rows, ctx.transform):
-                upstream = grad[chunk].to(accumulate) * scale
-                # d cap·tanh(x/cap) / dx = 1 − (z/cap)², taken before the logits are overwritten.
-                slope = None if softcap is None else (logits / softcap).square_().neg_().add_(1)
-                # ∂logp/∂z_v = [v = y] − p_v, and the target's own 1 − p_y as −expm1(logp): as p_y → 1 the difference
-                # of two rounded numbers has no digit left.
-                grad_logits = logits.sub_(logsumexp[chunk, None]).exp_().mul_(-upstream[:, None])
-                at_target = upstream * -torch.expm1(logprobs[chunk])
-                grad_logits.scatter_(1, targets[chunk, None], at_target[:, None])
-                if slope is not None:
-                    grad_logits.mul_(slope)
-                if dhidden is not None:
-                    dhidden[chunk] = _times_weight(grad_logits, weight).to(hidden.dtype)
+            dhidden = (unscaled * upstream[:, None]).to(hidden.dtype) if need_hidden else None
+            dweight = dbias = None
+            if need_weight:
+                # dW = Σ_t g_t (Σ_v∓…) h_tᵀ: the rank-1 tails of all sampled chunks in one product, then the columns.
+                dweight = weight.new_zeros(weight.shape, dtype=head.dtype)
+                if sampled:
+                    tails = torch.stack([part.tail for part in sampled], 1)
+                    sums = [part.remainder @ _scale(hidden, -upstream, part.rows) for part in sampled]
+                    torch.mm(tails, torch.stack(sums), out=dweight)
+                for chunk in rows.split(EXACT_CHUNK):
+                    dweight.index_add_(0, targets[chunk], _scale(hidden, upstream * at_target, chunk))
+            if need_bias:
+                dbias = bias.new_zeros(bias.shape, dtype=head.dtype)
+                for part in sampled:
+                    dbias.sub_(part.tail, alpha=float(part.remainder @ upstream[part.rows]))
+                dbias.index_add_(0, targets[rows], (upstream * at_target)[rows])
+            for part in sampled if need_weight or need_bias else ():
+                coefs = _sampled_coefficients(part, head, hidden, targets, logsumexp, others)
                 if dweight is not None:
-                    dweight.addmm_(grad_logits.T, hidden[chunk].to(accumulate))
+                    dweight.index_add_(0, part.columns, coefs @ _scale(hidden, -upstream, part.rows))
                 if dbias is not None:
-                    dbias += grad_logits.sum(0)
+                    dbias.index_add_(0, part.columns, coefs @ -upstream[part.rows])
+            for part in exact if need_weight or need_bias else ():
+                scaled = _scale(hidden, -upstream, part.rows)
+                for columns, probs in _exact_probs(part, head, hidden, targets, logsumexp):
+                    if dweight is not None:
+                        dweight[columns].addmm_(probs, scaled)
+                    if dbias is not None:
+                        dbias[columns] -= probs @ upstream[part.rows]
 
         return (
             dhidden,
             None if dweight is None else dweight.to(weight.dtype),
             None if dbias is None else dbias.to(bias.dtype),
-            *[None] * 4,
+            *[None] * 5,
         )
 
 
-def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def _scale(hidden: Tensor, factor: Tensor, rows: Tensor) -> Tensor:
+    """(C, H) hidden states of ``rows``, each times its factor, in the factor's dtype."""
+    return hidden[rows].to(factor.dtype).mul_(factor[rows, None])
 
 
-def _logit_chunks(
-    hidden: Tensor,  # (N, H)
-    weight: Tensor,  # (V, H)
-    bias: Tensor | None,  # (V,)
-    rows: Tensor,  # (scored,), int64
-    transform: tuple[float, float | None],
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Row indices of a chunk and its logits (C, V), which the caller may overwrite: the next chunk reuses them."""
-    scale, softcap = transform
-    accumulate = _accumulate_dtype(hidden.dtype)
-    size = max(16, CHUNK_BYTES // (weight.shape[0] * accumulate.itemsize))
-    buffer = torch.empty(min(size, len(rows)), weight.shape[0], dtype=accumulate, device=hidden.device)
-    for chunk in rows.split(size):
-        logits = buffer[: len(chunk)]
-        _times_weight_t(hidden[chunk].to(accumulate), weight, out=logits)
-        if bias is not None:
-            logits += bias.to(accumulate)
-        if softcap is not None:
-            logits.mul_(scale / softcap).tanh_().mul_(softcap)
-        elif scale != 1.0:
-            logits *= scale
-        yield chunk, logits
+def _sampled_coefficients(
+    part: _Sampled, head: _Head, hidden: Tensor, targets: Tensor, logsumexp: Tensor, others: Tensor
+) -> Tensor:
+    """(S, C), as kept or from a product with the drawn rows alone."""
+    if part.coefficients is not None:
+        return part.coefficients.to(head.dtype)
+    logits = head.logits(head.product_input(hidden[part.rows]), part.columns)
+    slope = 1 if head.softcap is None else head.slope(logits)
+    probs = logits.sub_(logsumexp[part.rows]).exp_().mul_(slope)
+    probs.masked_fill_(part.columns[:, None] == targets[part.rows], 0)
+    sample = Sample(part.columns, part.keep, part.tail, part.mass)
+    return coefficients(sample, probs, others[part.rows])[0]
 
 
-def _times_weight_t(left: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out (C, V) = left (C, H) @ weightᵀ in left's dtype, upcasting a tile of weight at a time."""
-    if weight.dtype == left.dtype:
-        torch.mm(left, weight.T, out=out)
-        return
-    for tile, columns in zip(weight.split(WEIGHT_TILE), out.split(WEIGHT_TILE, dim=1), strict=True):
-        columns.copy_(left @ tile.to(left.dtype).T)
+def _exact_probs(
+    part: _Exact, head: _Head, hidden: Tensor, targets: Tensor, logsumexp: Tensor
+) -> Iterator[tuple[slice, Tensor]]:
+    """Ranges of the vocabulary with their (T, C) probabilities, 0 at targets: as kept, or tile by tile once more."""
+    if part.probs is not None:
+        yield slice(None), part.probs
+    else:
+        rows = part.rows
+        yield from _Pass(head, head.product_input(hidden[rows]), targets[rows], (), logsumexp[rows]).tiles()
 
 
-def _times_weight(left: Tensor, weight: Tensor) -> Tensor:
-    """(C, H) = left (C, V) @ weight in left's dtype, upcasting a tile of weight at a time."""
-    if weight.dtype == left.dtype:
-        return left @ weight
-    out = left.new_zeros(left.shape[0], weight.shape[1])
-    for tile, columns in zip(weight.split(WEIGHT_TILE), left.split(WEIGHT_TILE, dim=1), strict=True):
-        out.addmm_(columns, tile.to(left.dtype))
+def _unflatten(kind: type, fields: list[Tensor | None]) -> list[Any]:
+    width = len(kind._fields)
+    return [kind(*fields[start : start + width]) for start in range(0, len(fields), width)]
+
+
+def _times_weight(left: Tensor, head: _Head) -> Tensor:
+    """(n, H) = left (n, V) @ weight, upcasting a tile of a 16-bit weight at a time."""
+    if head.weight.dtype == head.dtype:
+        return left @ head.weight
+    out = left.new_zeros(left.shape[0], head.weight.shape[1])
+    for start in range(0, left.shape[1], UPCAST_ROWS):
+        tile = slice(start, start + UPCAST_ROWS)
+        out.addmm_(left[:, tile], head.rows(tile))
     return out
-
-
-def _chunk_stats(
-    logits: Tensor,  # (C, V), overwritten
-    targets: Tensor,  # (C,)
-    stats: tuple[str, ...],
-) -> dict[str, Tensor]:
-    """Every statistic asked for, with logprobs and logsumexp always, from logits shifted by their maximum."""
-    values = {}
-    target_logit = logits.gather(1, targets[:, None]).squeeze(1)
-    if "mean_logit" in stats:
-        values["mean_logit"] = logits.mean(-1)
-    maximum = logits.amax(-1)
-    shifted = logits.sub_(maximum[:, None])
-    # Entropy needs Σ e^x·x beside Σ e^x, so only then is a second buffer held.
-    exp = shifted.exp() if "entropy" in stats else shifted.exp_()
-    total = exp.sum(-1)
-    log_total = total.log()
-    values["logsumexp"] = maximum + log_total
-    # Through the shifted target, so that the log-prob is ≤ 0 and keeps its digits beside a large maximum.
-    values["logprobs"] = (target_logit - maximum) - log_total
-    if "entropy" in stats:
-        values["entropy"] = log_total - torch.linalg.vecdot(exp, shifted) / total
-    if "log_sum_sq_probs" in stats:
-        values["log_sum_sq_probs"] = 2 * (torch.linalg.vector_norm(exp, dim=-1).log() - log_total)
-    if "max_logprob" in stats:
-        values["max_logprob"] = -log_total
-    if "is_top1" in stats:
-        values["is_top1"] = target_logit >= maximum
-    return values
