@@ -55,6 +55,7 @@ class Slots(NamedTuple):
     weights: Tensor  # (S,), fp32, 1/π; 0 in padding
     tile_chunks: Tensor  # (S / BLOCK_V,), int32: the chunk a tile of slots belongs to
     first_slots: Tensor  # (chunks + 1,), int32
+    bounds: list[int]  # the same
     positions: Tensor  # (chunks, V), int32: the slot of a column, or −1
 
 
@@ -320,19 +321,22 @@ def draw_slots(
     )
     if len(selection.columns) > MAX_SHARE * scores.numel():
         return None
-    chunks, columns = selection.columns // vocab_size, selection.columns % vocab_size
-    counts = torch.bincount(chunks, minlength=n_chunks)
-    padded = (counts + tile - 1) // tile * tile
+    # From here on one synchronization: the slots' bounds, which launches and buffers need.
+    starts = torch.searchsorted(selection.columns, torch.arange(n_chunks + 1, device=device) * vocab_size)
+    padded = (starts.diff() + tile - 1) // tile * tile
     first_slots = pad(padded.cumsum(0), (1, 0))
-    slots = torch.arange(len(columns), device=device) - (counts.cumsum(0) - counts)[chunks] + first_slots[chunks]
-    n_slots = int(first_slots[-1])
+    bounds = first_slots.tolist()
+    chunks, columns = selection.columns // vocab_size, selection.columns % vocab_size
+    slots = torch.arange(len(columns), device=device) + (first_slots - starts)[chunks]
     positions = torch.full(scores.shape, -1, dtype=torch.int32, device=device)
     positions[chunks, columns] = slots.int()
+    tile_starts = torch.arange(0, bounds[-1], tile, device=device)
     return Slots(
-        torch.full((n_slots,), vocab_size, dtype=torch.int32, device=device).index_copy_(0, slots, columns.int()),
-        torch.zeros(n_slots, device=device).index_copy_(0, slots, 1 / selection.keep),
-        torch.searchsorted(first_slots[1:], torch.arange(0, n_slots, tile, device=device), right=True).int(),
+        torch.full((bounds[-1],), vocab_size, dtype=torch.int32, device=device).index_copy_(0, slots, columns.int()),
+        torch.zeros(bounds[-1], device=device).index_copy_(0, slots, 1 / selection.keep),
+        torch.searchsorted(first_slots[1:], tile_starts, right=True).int(),
         first_slots.int(),
+        bounds,
         positions,
     )
 
@@ -469,7 +473,7 @@ def sampled_gradients(
 def chunk_groups(slots: Slots, chunk: int, dtype: torch.dtype) -> list[tuple[int, int, int, int]]:
     """(first chunk, last, first slot, last) of chunks in order, as many at a time as WORKSPACE_BYTES hold."""
     limit = WORKSPACE_BYTES // (chunk * dtype.itemsize)
-    bounds = slots.first_slots.tolist()
+    bounds = slots.bounds
     groups, start = [], 0
     for end in range(1, len(bounds)):
         if end == len(bounds) - 1 or bounds[end + 1] - bounds[start] > limit:

@@ -25,6 +25,12 @@ def gradients(
     return dict(zip(leaves, torch.autograd.grad(logprobs, list(leaves.values()), upstream.to(logprobs)), strict=True))
 
 
+@pytest.fixture
+def always_sample(monkeypatch) -> None:
+    monkeypatch.setattr(linear_logprob, "MIN_SAMPLED_WORK", 0)
+    monkeypatch.setattr(sampled_grad, "MAX_SHARE", 1.0)
+
+
 def triton_gradients(*operands, tolerance: float = 0.0, seed: int = 0) -> dict[str, Tensor]:
     return gradients(pf.token_logprobs, *operands, backend="triton", grad_tolerance=tolerance, seed=seed)
 
@@ -72,8 +78,7 @@ def test_statistics_and_gradients(shape: tuple[int, int, int], dtype: torch.dtyp
 
 @pytest.mark.parametrize("needed", ["hidden", "weight", "bias"])
 @pytest.mark.parametrize("tolerance", [0.0, 1e-9], ids=["exact", "sampled"])
-def test_each_gradient_alone_with_softcap(needed: str, tolerance: float, device: str, monkeypatch) -> None:
-    monkeypatch.setattr(sampled_grad, "MAX_SHARE", 1.0)
+def test_each_gradient_alone_with_softcap(needed: str, tolerance: float, device: str, always_sample: None) -> None:
     hidden, weight, targets = make_problem(20, 70, 32, device=device)
     bias = torch.randn(70, device=device)
     {"hidden": hidden, "weight": weight, "bias": bias}[needed].requires_grad_()
@@ -117,7 +122,7 @@ def test_extreme_logits(scale: float, device: str) -> None:
         assert ours <= 4 * theirs + 1e-6 * max(1.0, scale), name
 
 
-def test_all_ignored(device: str) -> None:
+def test_all_ignored(device: str, always_sample: None) -> None:
     hidden, weight, targets = make_problem(6, 40, 16, device=device)
     head = pf.LMHead(weight.requires_grad_())
     operands = (hidden.requires_grad_(), head, torch.full_like(targets, -100))
@@ -149,9 +154,8 @@ def many_chunks(device: str) -> tuple[Tensor, pf.LMHead, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("workspace", [sampled_grad.WORKSPACE_BYTES, 1], ids=["chunks at once", "one by one"])
-def test_sampled_gradient(workspace: int, device: str, monkeypatch) -> None:
+def test_sampled_gradient(workspace: int, device: str, always_sample: None, monkeypatch) -> None:
     """Within its tolerance, another one for each seed, the same bits for the same seed, and right on average."""
-    monkeypatch.setattr(sampled_grad, "MAX_SHARE", 1.0)
     monkeypatch.setattr(sampled_grad, "WORKSPACE_BYTES", workspace)
     operands = many_chunks(device)
     expected = gradients(pf.reference.token_logprobs, *operands)
@@ -163,8 +167,9 @@ def test_sampled_gradient(workspace: int, device: str, monkeypatch) -> None:
         assert torch.equal(draws[0][name], draws[3][name]) and not torch.equal(draws[0][name], draws[1][name])
 
 
-def test_flat_softmax_is_exact(device: str) -> None:
+def test_flat_softmax_is_exact(device: str, monkeypatch) -> None:
     """Where nearly all columns would be needed the gradient is the exact one, to the bit."""
+    monkeypatch.setattr(linear_logprob, "MIN_SAMPLED_WORK", 0)
     hidden, weight, targets = make_problem(20, 70, 32, device=device, scale=0.1)
     operands = (hidden.requires_grad_(), pf.LMHead(weight.requires_grad_()), targets, torch.ones(20, device=device))
     found, exact = triton_gradients(*operands, tolerance=1e-3), triton_gradients(*operands)
@@ -178,8 +183,7 @@ def test_float64_is_refused(device: str) -> None:
 
 
 @pytest.mark.parametrize("tolerance", [0.0, 0.05], ids=["exact", "sampled"])
-def test_operators(tolerance: float, device: str, monkeypatch) -> None:
-    monkeypatch.setattr(sampled_grad, "MAX_SHARE", 1.0)
+def test_operators(tolerance: float, device: str, always_sample: None) -> None:
     hidden, weight, targets = make_problem(20, 70, 32, device=device)
     targets[4] = -100
     leaves = (hidden.requires_grad_(), weight.requires_grad_(), torch.randn(70, device=device).requires_grad_())
