@@ -26,7 +26,7 @@ from torch import Tensor
 
 import prefopt_fast as pf
 
-_PRODUCT_OPS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::mkldnn_linear_pointwise")
+_PRODUCT_OPS = {f"aten::{name}{end}" for name in ("mm", "addmm", "bmm", "baddbmm") for end in ("", "_")}
 
 
 @dataclass
