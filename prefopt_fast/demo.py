@@ -103,8 +103,8 @@ class Recipe:
     wpo_lr: float = 3e-4
     wpo_batch: int = 32
     test_prompts: int = 400
-    watch_every: int = 20  # steps between the evaluations behind the curves …
-    watch_prompts: int = 200  # … on this many of the test prompts
+    watch_every: int = 30  # steps between the evaluations behind the curves …
+    watch_prompts: int = 120  # … on this many of the test prompts
     weighed_pairs: int = 1000  # in the distributions of WPO weights
 
 

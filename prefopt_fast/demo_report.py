@@ -202,7 +202,7 @@ class Section(NamedTuple):
 
 def sections(results: Mapping[str, Any]) -> list[Section]:
     seeds, recipe = list(results["seeds"].values()), results["recipe"]
-    over = f"{len(seeds)} seeds, mean±standard deviation" if len(seeds) > 1 else "One seed"
+    over = count(seeds) + ", mean±standard deviation" * (len(seeds) > 1)
     says = dict(seeds[0]["weak_to_strong"]["says"])
     half = recipe["steps"] * recipe["wpo_batch"] // 2
     labels = {"right labels": "the judge's labels", "coin-flip labels": "labels decided by a coin"}
@@ -283,10 +283,7 @@ def draw_comparison(seeds: Sequence[SeedResults], path: Path) -> None:
         places = draw_bars(axis, {name: [seed[metric] for seed in of] for name, of in scores.items()})
         axis.set_yticks(places, list(scores))
         axis.set(title=title, xlim=(0, 2.25 if metric == "reward" else 1.13), ylim=(places[-1] + 0.6, -0.6))
-    figure.suptitle(
-        f"The strong model, taught by a weak one  ·  bars: mean of {len(seeds)} seeds, dots: seeds", x=0.01, ha="left"
-    )
-    save(figure, path)
+    save(figure, path, f"The strong model, taught by a weak one  ·  bars: mean of {count(seeds)}, dots: each seed")
 
 
 def draw_bars(axis: Axes, values: Mapping[str, Sequence[float]], top: float = 0.0) -> list[float]:
@@ -316,8 +313,7 @@ def draw_curves(seeds: Sequence[SeedResults], path: Path) -> None:
         }
         draw_lines(axis, lines)
         axis.set(title=f"{metric.capitalize()} during alignment", xlabel="step")
-    figure.suptitle(f"Training  ·  lines: mean of {len(seeds)} seeds, bands: their range", x=0.01, ha="left")
-    save(figure, path)
+    save(figure, path, f"Training  ·  lines: mean of {count(seeds)}, bands: their range")
 
 
 def draw_wpo(seeds: Sequence[SeedResults], path: Path) -> None:
@@ -330,8 +326,8 @@ def draw_wpo(seeds: Sequence[SeedResults], path: Path) -> None:
             axis.hist(values, BINS, weights=share, color=COLORS[source], alpha=0.25)
             axis.hist(values, BINS, weights=share, color=COLORS[source], histtype="step", linewidth=1.4, label=source)
         axis.set(title=f"Pairs before training: {alignment}", xlabel="weight of the pair", xscale="log")
-        axis.legend(frameon=False, loc="upper left")
     axes[0, 0].set_ylabel("share of the pairs")
+    axes[0, 0].legend(frameon=False, loc="upper left")
     settings = seeds[0]["wpo"]["settings"]
     last = list(settings)[-1]
     training = by_name([seed["wpo"]["settings"][last]["training"] for seed in seeds])
@@ -346,8 +342,7 @@ def draw_wpo(seeds: Sequence[SeedResults], path: Path) -> None:
     axes[1, 1].axhline(0.5, color=COLORS["DPO"], linewidth=1.2)
     axes[1, 1].annotate("DPO", (1, 0.5), (4, 4), textcoords="offset points", color=COLORS["DPO"])
     draw_settings(axes[1, 2], {setting: wpo_scores(seeds, setting) for setting in settings})
-    figure.suptitle(f"WPO weighs pairs by how on-policy they are  ·  {len(seeds)} seeds", x=0.01, ha="left")
-    save(figure, path)
+    save(figure, path, f"WPO weighs pairs by how on-policy they are  ·  {count(seeds)}")
 
 
 def draw_settings(axis: Axes, scores: Mapping[str, Mapping[str, Sequence[Scores]]]) -> None:
@@ -379,14 +374,16 @@ def draw_lines(
     axis.set_ylim(*ylim)
     low, high = axis.get_ylim()
     ends.sort(key=lambda end: end[1])
-    places: list[float] = []
-    for _, y, *_ in ends:  # labels of close ends are pushed up, a line each, and all down again from above the frame
-        places.append(max([y, *(place + 0.065 * (high - low) for place in places[-1:])]))
-    excess = max(0.0, places[-1] - high)
+    gap, places = 0.065 * (high - low), [end[1] for end in ends]
+    for i in range(1, len(places)):  # labels of close ends are pushed up, a line each …
+        places[i] = max(places[i], places[i - 1] + gap)
+    places[-1] = min(places[-1], high)
+    for i in reversed(range(len(places) - 1)):  # … and back down from above the frame
+        places[i] = min(places[i], places[i + 1] - gap)
     for place, (x_end, _, name, color) in zip(places, ends, strict=True):
         axis.annotate(
             name,
-            (x_end, place - excess),
+            (x_end, place),
             (6, 0),
             textcoords="offset points",
             va="center",
@@ -400,9 +397,14 @@ def smooth(values: Sequence[float], width: int = 10) -> list[float]:
     return [fmean(values[max(0, end - width) : end]) for end in range(1, len(values) + 1)]
 
 
-def save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path, title: str) -> None:
+    figure.suptitle(title, x=0.01, ha="left")
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def count(seeds: Sequence[Any]) -> str:
+    return f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
 
 
 PICTURES: dict[str, Callable[[Sequence[SeedResults], Path], None]] = {
