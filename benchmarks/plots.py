@@ -105,7 +105,7 @@ def _draw_times(results: Mapping[str, Any], section: str, key: str, label: str, 
     left.set_title(title)
     right.set_ylabel("times the bare product")
     right.set_ylim(bottom=0)
-    right.set_title("over the product nobody can avoid")
+    right.set_title("Over the product nobody can avoid")
     _caption(figure, results, found[0][0])
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=min(3, len(names)))
     return figure
