@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import prefopt_fast as pf
+from prefopt_fast.log_ratio import token_log_ratio
 
 FACTOR = 4
 
@@ -70,6 +71,7 @@ def run_checks(device: str, backend: str, quick: bool) -> Iterator[Check]:
         yield from _guarded(case.name, _exact_checks(case, device, backend))
     for case in (QUICK_CASES if quick else CASES)[:2]:
         yield from _guarded(f"{case.name}: fast gradient", _fast_checks(case, device, backend))
+    yield from _guarded("log-ratio of two heads", _log_ratio_checks(device, backend, quick))
     if backend == "triton":  # the torch path is no operator, and breaks the graph
         yield from _guarded("torch.compile", _compile_checks(device, backend))
         yield from _guarded("opcheck", _opchecks(device))
@@ -118,6 +120,19 @@ def _fast_checks(case: Case, device: str, backend: str) -> Iterator[Check]:
             limit = 1 + relative_error(exact[name], truth[name]) / allowed
             error = relative_error(fast[name], truth[name]) / allowed
             yield Check(f"{case.name}: fast {name} at {tolerance}, error / tolerance", error, limit)
+
+
+def _log_ratio_checks(device: str, backend: str, quick: bool) -> Iterator[Check]:
+    """WSPO's target of two heads that differ in hidden size, soft-cap and bias."""
+    shapes = ((40, 211, 48), (40, 223, 32)) if quick else ((509, 151_936, 3584), (509, 152_064, 896))
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    cases = Case(*shapes[0], dtype, softcap=30.0), Case(*shapes[1], dtype, bias=True)
+    (hidden, weight, _, targets, _), (ref_hidden, ref_weight, ref_bias, _, _) = (_problem(c, device) for c in cases)
+    heads = pf.LMHead(weight, softcap=cases[0].softcap), pf.LMHead(ref_weight, ref_bias)
+    found = token_log_ratio(hidden, heads[0], ref_hidden, heads[1], targets, backend=backend).ratio
+    pairs = ((hidden, heads[0]), (ref_hidden, heads[1]))
+    truth, ref_truth = (pf.reference.token_logprobs(states, head, targets).logprobs for states, head in pairs)
+    yield Check("log-ratio of two heads", relative_error(found, truth - ref_truth), 2e-5)
 
 
 def _compile_checks(device: str, backend: str) -> Iterator[Check]:
