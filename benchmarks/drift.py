@@ -321,11 +321,11 @@ def markdown(results: Mapping[str, Any]) -> str:
         for name, runs in finals.items():
             if name != "exact":
                 changes = (
-                    _cell([run[measure] - base[measure] for run, base in zip(runs, exact, strict=True)], "+.4f")
+                    _cell([run[measure] - base[measure] for run, base in zip(runs, exact, strict=True)], "+.1e")
                     for measure in ("loss", "entropy")
                 )
                 lines.append(f"| {name} | {' | '.join(changes)} | {_cell([run['kl'] for run in runs], '.2e')} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", "![loss, entropy and KL over training](drift.png)"])
 
 
 def _mean(runs: list[dict[str, float]], measure: str) -> float:

@@ -1,8 +1,9 @@
 """``make bench``, ``prefopt-fast bench``: measure the LM-head peers, and write Markdown, JSON and plots.
 
 The full mode takes about twenty minutes on two CPU cores and writes to benchmarks/results; ``--short`` takes seconds on
-tiny shapes, to test it. Results of bench_train_step.py and drift.py that lie in the output folder become sections of
-the same report; ``--render`` writes the report again from the results that are there.
+tiny shapes, to test it. ``--suites linear_logprob train_step drift`` also runs bench_train_step.py and the small model
+of drift.py, ten minutes each; what they and the other parts of drift.py leave in the output folder becomes a section of
+the report. ``--suites`` without a name writes the report again from the results that are there.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -100,16 +102,21 @@ def main() -> None:
     parser.add_argument("--data", help="preference pairs for real inputs (default: PREFOPT_FAST_DATA)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="of torch on the CPU (default: torch's own choice)")
-    parser.add_argument("--render", action="store_true", help="write the report again from its JSON")
+    parser.add_argument("--suites", nargs="*", choices=("linear_logprob", *SECTIONS), default=["linear_logprob"])
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
     output = options.output or (inputs.CACHE / "short" if options.short else RESULTS)
     output.mkdir(parents=True, exist_ok=True)
-    results_file = output / "linear_logprob.json"
-    if not options.render:
+    if "linear_logprob" in options.suites:
         plan = SHORT if options.short else FULL
-        measure(plan, options.device, options.model, options.data, results_file)
+        measure(plan, options.device, options.model, options.data, output / "linear_logprob.json")
+    given = [f"--{name}={value}" for name in ("model", "data") if (value := getattr(options, name))]
+    for name, module in SECTIONS.items():
+        if name in options.suites:
+            part = ["small"] if name == "drift" else []
+            command = [sys.executable, str(module.__file__), *part, f"--output={output}", *given]
+            subprocess.run(command, check=True)
     text = write_report(output)
     print(text)
     print(f"report, JSON and plots in {output}")
