@@ -60,7 +60,7 @@ def _forward_kernel(
     partials,  # (2 + SUM_SQ + ENTROPY + SUM, splits, n), fp32
     target_logits,  # (n,), fp32
     seed,  # (n,), fp32: a lower bound of the base-2 log-sum-exp, or None: no column sums are asked for
-    column_sq,  # (⌈n / BLOCK_N⌉, V), bf16: Σ_t p_tv² over a block's tokens, from above
+    column_sq,  # (⌈n / BLOCK_N⌉, V): Σ_t p_tv² over a block's tokens, from above
     n_tokens,
     vocab_size,
     hidden_size,
@@ -136,7 +136,10 @@ def _forward_kernel(
             # p = 2^(z − LSE) with the larger of two lower bounds in the LSE's place: never too small.
             probs = exp * tl.minimum(tl.exp2(maximum - known), 1.0 / total)[:, None]
             slot = column_sq + tl.cast(token_block, tl.int64) * vocab_size + columns
-            tl.store(slot, tl.sum(probs * probs, 0).to(tl.bfloat16), mask=columns < vocab_size)
+            # A product with ones sums over tokens in the matrix units; shuffles between threads would take longer.
+            ones = tl.full((16, BLOCK_N), 1.0, column_sq.dtype.element_ty)
+            sums = tl.max(tl.dot(ones, (probs * probs).to(column_sq.dtype.element_ty)), 0)
+            tl.store(slot, sums.to(column_sq.dtype.element_ty), mask=columns < vocab_size)
 
     stride = tl.cast(n_splits, tl.int64) * n_tokens
     slot = partials + tl.cast(split, tl.int64) * n_tokens + tokens
@@ -316,7 +319,7 @@ def forward_partials(
     partials = hidden.new_empty(2 + sum(quantities.values()), n_splits, n_tokens, dtype=torch.float32)
     target_logits = hidden.new_empty(n_tokens, dtype=torch.float32)
     n_blocks = triton.cdiv(n_tokens, config.block_n)
-    column_sq = None if seed is None else hidden.new_empty(n_blocks, vocab_size, dtype=torch.bfloat16)
+    column_sq = None if seed is None else hidden.new_empty(n_blocks, vocab_size, dtype=column_dtype(hidden.device))
     tma = tma_available(hidden, weight)
     _forward_kernel[(n_blocks * n_splits,)](
         operand(hidden, [config.block_n, config.block_h], tma),
@@ -346,6 +349,11 @@ def forward_partials(
         num_stages=config.num_stages,
     )
     return partials, target_logits, column_sq
+
+
+def column_dtype(device: torch.device) -> torch.dtype:
+    """Of the column sums: a score needs fp32's range but few digits. (The interpreter cannot multiply bf16.)"""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def scored_rows(
@@ -386,7 +394,7 @@ def _forward_op(
     logprobs = hidden.new_zeros(n_rows, dtype=torch.float32)
     logsumexp = torch.zeros_like(logprobs)
     values = logprobs.new_zeros(len(names), n_rows)
-    column_sq = weight.new_empty(0, len(weight), dtype=torch.bfloat16)
+    column_sq = weight.new_empty(0, len(weight), dtype=column_dtype(weight.device))
     center = logprobs.new_empty(weight.shape[1] if tolerance > 0 else 0)
     scored, scored_targets, rows = scored_rows(hidden, targets, ignore_index)
     if n_tokens := len(scored):
@@ -444,7 +452,7 @@ def _(
         logprobs,
         torch.empty_like(logprobs),
         logprobs.new_empty(n_stats, *targets.shape),
-        weight.new_empty(n_blocks, weight.shape[0], dtype=torch.bfloat16),
+        weight.new_empty(n_blocks, weight.shape[0], dtype=column_dtype(weight.device)),
         logprobs.new_empty(weight.shape[1] if tolerance > 0 else 0),
     )
 

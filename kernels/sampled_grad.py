@@ -42,8 +42,8 @@ from .tiles import (
 )
 
 BLOCKS_PER_CHUNK = 4  # of the forward's token blocks: wider chunks need more columns, narrower ones more traffic
-WORKSPACE_BYTES = 256 << 20  # of ∂loss/∂logits on the kept columns
-MAX_SHARE = 0.4  # of the vocabulary, on average: over it the exact gradient is as fast
+WORKSPACE_BYTES = 256 << 20  # of ∂loss/∂logits on the kept columns; more where that saves an fp32 copy of dweight
+MAX_SHARE = 0.25  # of the vocabulary, on average: over it the exact gradient is as fast
 SEED_SHARE = 32  # one in so many columns, the most frequent targets, gives the first bound of the log-sum-exp
 EPSILON_STEPS = 12
 
@@ -68,26 +68,34 @@ def _epsilon_kernel(
     STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The ε with Σ_v max(0, s_v (ε − s_v)) = budget, from above.
+    """The largest ε, within 2⁻¹² of its bracket's octaves, with Σ_v max(0, s_v (ε − s_v)) ≤ budget.
 
-    The sum is convex in ε and, between the scores, linear: Newton's steps ε ← (budget + Σ s²) / Σ s over the scores
-    below ε fall towards the root, and stop at once when no score leaves the sum.
+    Bracket: a summand is at most ε²/4, so 2 √(budget / V) is not too large; summing s_v (ε − s_v) without the maximum
+    gives too little, so (budget + Σ s²) / Σ s is not too small.
     """
     chunk = tl.program_id(0)
     row = scores + tl.cast(chunk, tl.int64) * vocab_size
     budget = tl.load(budgets + chunk)
-    epsilon = float("inf")
+    sums = tl.zeros((BLOCK,), tl.float32)
+    squares = tl.zeros((BLOCK,), tl.float32)
+    for start in tl.range(0, vocab_size, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        score = tl.load(row + columns, mask=columns < vocab_size, other=0.0)
+        sums += score
+        squares += score * score
+    low = 2.0 * tl.sqrt(budget / vocab_size)
+    high = tl.maximum(low, (budget + tl.sum(squares, 0)) / tl.maximum(tl.sum(sums, 0), 1e-30))
     for _ in range(STEPS):
-        sums = tl.zeros((BLOCK,), tl.float32)
-        squares = tl.zeros((BLOCK,), tl.float32)
+        epsilon = tl.sqrt(low) * tl.sqrt(high)
+        errors = tl.zeros((BLOCK,), tl.float32)
         for start in tl.range(0, vocab_size, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             score = tl.load(row + columns, mask=columns < vocab_size, other=0.0)
-            below = tl.where(score < epsilon, score, 0.0)
-            sums += below
-            squares += below * below
-        epsilon = (budget + tl.sum(squares, 0)) / tl.maximum(tl.sum(sums, 0), 1e-30)
-    tl.store(epsilons + chunk, epsilon)
+            errors += tl.maximum(score * (epsilon - score), 0.0)
+        fits = tl.sum(errors, 0) <= budget
+        low = tl.where(fits, epsilon, low)
+        high = tl.where(fits, high, epsilon)
+    tl.store(epsilons + chunk, low)
 
 
 @triton.jit(do_not_specialize=VARYING_SIZES)
@@ -299,7 +307,8 @@ def draw_slots(
     def by_chunk(values: Tensor) -> Tensor:  # (n,) → (chunks, C)
         return pad(values, (0, n_chunks * chunk - len(values))).view(n_chunks, chunk)
 
-    grad_sq = by_chunk(grad.square())
+    # Only ratios matter, so the largest gradient may be 1, which keeps its square in fp32's range.
+    grad_sq = by_chunk((grad / grad.abs().amax().clamp_min(1e-30)).square())
     # Within a block the largest upstream gradient stands for all: tokens of one sequence share theirs.
     block_weights = grad_sq.view(-1, block_tokens).amax(1)[:n_blocks, None]
     weighted = pad(column_sq * block_weights, (0, 0, 0, n_chunks * BLOCKS_PER_CHUNK - n_blocks))
@@ -357,8 +366,8 @@ def sampled_gradients(
 ) -> None:
     """Write dhidden (N, H) at ``rows``, dweight (V, H) and dbias (V,), each where it is not None.
 
-    ∂loss/∂logits stands in memory for as many chunks as WORKSPACE_BYTES hold. Where that is not all of them, dweight
-    and dbias accumulate in fp32 beside the results.
+    ∂loss/∂logits stands in memory for as many chunks as the workspace holds. Where that is not all of them, dweight and
+    dbias accumulate in fp32 beside the results.
     """
     device, dtype, vocab_size = hidden.device, hidden.dtype, weight.shape[0]
     hidden_size = hidden.shape[1]
@@ -371,7 +380,9 @@ def sampled_gradients(
     )
     tma = tma_available(hidden)
     precision = dot_precision()
-    groups = chunk_groups(slots, chunk, dtype)
+    # Several groups would accumulate dweight in fp32: a workspace of that size costs no more and saves the passes.
+    budget = WORKSPACE_BYTES if results[0] is None else max(WORKSPACE_BYTES, 4 * weight.numel())
+    groups = chunk_groups(slots, budget // (chunk * dtype.itemsize))
     accumulate = len(groups) > 1
     dweight, dbias = (torch.zeros_like(g, dtype=torch.float32) if accumulate and g is not None else g for g in results)
     target_slots = slots.positions[torch.arange(len(targets), device=device) // chunk, targets]
@@ -470,9 +481,8 @@ def sampled_gradients(
                 result.copy_(total)
 
 
-def chunk_groups(slots: Slots, chunk: int, dtype: torch.dtype) -> list[tuple[int, int, int, int]]:
-    """(first chunk, last, first slot, last) of chunks in order, as many at a time as WORKSPACE_BYTES hold."""
-    limit = WORKSPACE_BYTES // (chunk * dtype.itemsize)
+def chunk_groups(slots: Slots, limit: int) -> list[tuple[int, int, int, int]]:
+    """(first chunk, last, first slot, last) of chunks in order, as many at a time as have ``limit`` slots."""
     bounds = slots.bounds
     groups, start = [], 0
     for end in range(1, len(bounds)):

@@ -73,7 +73,7 @@ def test_statistics_and_gradients(shape: tuple[int, int, int], dtype: torch.dtyp
         lambda *a: pf.TokenStats(plain_stats(*a)["logprobs"], targets != -100), hidden, head, targets, upstream
     )
     for name in found:
-        assert_as_good_as_plain(found[name], autograd[name], expected[name], name=name)
+        assert_as_good_as_plain(found[name], autograd[name], expected[name], factor=4, name=name)
 
 
 @pytest.mark.parametrize("needed", ["hidden", "weight", "bias"])
