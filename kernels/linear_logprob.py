@@ -24,6 +24,7 @@ from .dispatch import STATS, Options, Report
 from .sampled_grad import BLOCKS_PER_CHUNK, draw_slots, frequent_columns, sampled_gradients
 from .tiles import (
     LN2,
+    SMALL,
     VARYING_SIZES,
     Specialization,
     base2_logits,
@@ -720,3 +721,9 @@ def aot_signatures(arch: str) -> Iterator[Specialization]:
                 "grad_logits": operand_type(dtype, config.block_n, config.block_v, tma),
             }
             yield specialize(f"grad_logits_{dtype}_h{max_hidden or 'any'}", _grad_logits_kernel, config, types, shared)
+    types = {
+        **dict.fromkeys(("partials", "target_logits", "logprobs", "logsumexp", "values"), "*fp32"),
+        "rows": "*i64",
+    }
+    slots = {name.upper(): slot for slot, name in enumerate(STATS)}
+    yield specialize("combine", _combine_kernel, SMALL, types, {**slots, "BLOCK_N": 32, "BLOCK_SPLITS": 64})

@@ -6,13 +6,15 @@ Nothing but the splits' maxima and sums lies between the walks and the result: n
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .linear_logprob import forward_partials, scored_rows
-from .tiles import LN2, VARYING_SIZES, kernel_operands
+from .tiles import LN2, SMALL, VARYING_SIZES, Specialization, kernel_operands, specialize
 
 Transform = tuple[float, float | None]
 
@@ -156,3 +158,10 @@ def log_ratio(
         ref_softcap,
         ignore_index,
     )
+
+
+def aot_signatures(arch: str) -> Iterator[Specialization]:
+    """The merge for a subset of rows; the walks are linear_logprob's."""
+    floats = ("partials", "target_logits", "ref_partials", "ref_target_logits", "log_ratios")
+    types = {**dict.fromkeys(floats, "*fp32"), "rows": "*i64"}
+    yield specialize("log_ratio", _log_ratio_kernel, SMALL, types, {"BLOCK_N": 32, "BLOCK_SPLITS": 64})

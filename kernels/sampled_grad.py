@@ -29,6 +29,7 @@ from torch.nn.functional import pad
 from . import configs
 from .sparse_grad import select_columns
 from .tiles import (
+    SMALL,
     VARYING_SIZES,
     Specialization,
     dot_precision,
@@ -542,3 +543,5 @@ def aot_signatures(arch: str) -> Iterator[Specialization]:
                         "TILE": configs.entries("sampled_grad_logits", arch, bits)[0][1].block_v,
                     }
                 yield specialize(f"{name}_{dtype}_h{max_hidden or 'any'}", kernel, config, types, constants)
+    floats = dict.fromkeys(("scores", "budgets", "epsilons"), "*fp32")
+    yield specialize("epsilon", _epsilon_kernel, SMALL, floats, {"STEPS": EPSILON_STEPS, "BLOCK": 8192})

@@ -20,6 +20,9 @@ LN2: tl.constexpr = tl.constexpr(math.log(2.0))
 # kernels in the middle of a run.
 VARYING_SIZES = ["n_tokens", "n_rows", "vocab_size", "n_columns", "n_splits", "tiles_per_split", "first_id"]
 
+# Of kernels without a product, which Triton's defaults suit; their blocks are arguments.
+SMALL = Config(block_n=0, block_v=0, block_h=0, num_warps=4, num_stages=3)
+
 
 @triton.jit
 def load_tile(source, row, column, n_rows, n_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr):
