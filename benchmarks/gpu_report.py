@@ -1,7 +1,7 @@
 """Compile every shipped kernel configuration for each GPU architecture, without a GPU, and check the machine code.
 
 ``make gpu-report`` writes benchmarks/results/gpu_report.md and .json and exits with 1 where a configuration does not
-compile, spills registers inside a loop, needs more shared memory than a program can have, or has lost the
+compile, spills registers inside a main loop, needs more shared memory than a program can have, or has lost the
 instructions its source asks for: tensor-core products and, on Hopper and later, tensor memory access.
 
 Everything written is a function of the sources and of Triton's version, so a second run writes the same bytes.
@@ -17,8 +17,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
@@ -128,12 +128,9 @@ def inspect_kernel(arch: str, name: str) -> dict[str, Any]:
     except Exception as error:  # whatever the compiler raises is the finding
         return entry | {"problems": [f"does not compile: {str(error).strip().splitlines()[-1]}"]}
     code = _nvidia_code(compiled.asm["cubin"]) if "cubin" in compiled.asm else _amd_code(compiled.asm["amdgcn"])
-    instructions, loop_instructions = code.pop("instructions"), code.pop("loop_instructions")
     entry |= code
     entry["shared_bytes"] = compiled.metadata.shared
     entry["tensor_memory_columns"] = getattr(compiled.metadata, "tmem_size", None) or 0
-    entry["instructions"] = dict(sorted((op, n) for op, n in instructions.items() if re.match(REPORTED, op)))
-    entry["spills_in_loops"] = sum(n for op, n in loop_instructions.items() if re.match(SPILLS, op))
     entry["programs_per_processor"] = _programs_per_processor(entry, architecture)
     entry["occupancy"] = entry["programs_per_processor"] * spec.config.num_warps / architecture.warps
     entry["problems"] = list(_problems(entry, compiled.asm["ttir"], architecture))
@@ -144,6 +141,7 @@ REPORTED = (
     r"(HMMA|HGMMA|UTCHMMA|UTCQMMA|FFMA|LDGSTS|UTMALDG|UTMASTG|LDL|STL|LDTM|STTM|ATOMG?|RED)$|v_mfma|v_fma|scratch_"
 )
 SPILLS = r"(LDL|STL)$|scratch_"
+PRODUCTS = ("HGMMA", "UTCHMMA", "HMMA", "v_mfma")  # where a kernel has several, the first are its main product's
 
 
 def _nvidia_code(cubin: bytes) -> dict[str, Any]:
@@ -196,28 +194,61 @@ def _amd_code(assembly: str) -> dict[str, Any]:
 
 
 def _count(ops: list[str], jumps: dict[int, int], ends: set[int]) -> dict[str, Any]:
-    """Instructions by mnemonic, all and those inside loops, from the branches' targets and what never falls through.
+    """Instructions, and how many move spilled registers inside loops and inside the main ones.
 
-    An instruction is in a loop if control can return to it: if its basic block can reach itself. (Address ranges of
-    backward branches would not do: a wait's slow path is laid out behind the kernel and jumps back into it.)
+    The control flow comes from the branches' targets and from what never falls through. (Address ranges of backward
+    branches would not do: a wait's slow path is laid out behind the kernel and jumps back into it.) A loop is a cycle
+    of basic blocks; a main loop is the shortest cycle through a block of tensor-core products, unless that cycle runs
+    through another such block with a shorter one; a kernel without them has its loops as main loops.
     """
     starts = sorted({0, *jumps.values(), *(i + 1 for i in {*jumps, *ends} if i + 1 < len(ops))})
-    blocks = list(zip(starts, [*starts[1:], len(ops)], strict=True))
+    blocks = [ops[start:stop] for start, stop in zip(starts, [*starts[1:], len(ops)], strict=True)]
     number = {start: b for b, start in enumerate(starts)}
-    reach = []  # of each block, the set of blocks it can reach, as bits of an integer
-    for _, stop in blocks:
-        successors = 0
-        if stop - 1 in jumps:
-            successors |= 1 << number[jumps[stop - 1]]
-        if stop - 1 not in ends and stop < len(ops):
-            successors |= 1 << number[stop]
-        reach.append(successors)
-    for middle in range(len(blocks)):  # Warshall's transitive closure
-        for b in range(len(blocks)):
-            if reach[b] >> middle & 1:
-                reach[b] |= reach[middle]
-    in_loops = Counter(op for b, (start, stop) in enumerate(blocks) if reach[b] >> b & 1 for op in ops[start:stop])
-    return {"instructions": Counter(ops), "loop_instructions": in_loops}
+    successors = []
+    for stop in [*starts[1:], len(ops)]:
+        following = [number[jumps[stop - 1]]] if stop - 1 in jumps else []
+        falls = stop - 1 not in ends and stop < len(ops)
+        successors.append([*following, number[stop]] if falls else following)
+
+    cycles = {b: cycle for b in range(len(blocks)) if (cycle := _shortest_cycle(b, successors))}
+    product = next((kind for kind in PRODUCTS if any(op.startswith(kind) for op in ops)), "none")
+    products = {b: cycle for b, cycle in cycles.items() if any(op.startswith(product) for op in blocks[b])}
+    lengths = {b: sum(len(blocks[other]) for other in cycle) for b, cycle in cycles.items()}
+    main = {
+        block
+        for b, cycle in products.items()
+        if all(lengths[other] >= lengths[b] for other in cycle if other in products)
+        for block in cycle
+    }
+
+    def spills(inside: Iterable[int]) -> int:
+        return sum(bool(re.match(SPILLS, op)) for b in inside for op in blocks[b])
+
+    return {
+        "spills": spills(range(len(blocks))),
+        "spills_in_loops": spills(cycles),
+        "spills_in_main_loops": spills(main or cycles),
+        "instructions": dict(sorted((op, n) for op, n in Counter(ops).items() if re.match(REPORTED, op))),
+    }
+
+
+def _shortest_cycle(block: int, successors: list[list[int]]) -> set[int]:
+    """The blocks of a shortest way from ``block`` back to it, breadth first; empty if there is none."""
+    came_from: dict[int, int] = {}
+    queue = deque([block])
+    while queue:
+        current = queue.popleft()
+        for following in successors[current]:
+            if following == block:
+                cycle = {block, current}
+                while current != block:
+                    current = came_from[current]
+                    cycle.add(current)
+                return cycle
+            if following not in came_from:
+                came_from[following] = current
+                queue.append(following)
+    return set()
 
 
 def _programs_per_processor(entry: dict[str, Any], architecture: Architecture) -> int:
@@ -240,14 +271,15 @@ def _programs_per_processor(entry: dict[str, Any], architecture: Architecture) -
 
 
 def _problems(entry: dict[str, Any], ttir: str, architecture: Architecture) -> Iterator[str]:
-    if entry["spills_in_loops"]:
-        yield f"{entry['spills_in_loops']} instructions inside loops move spilled registers"
+    if entry["spills_in_main_loops"]:
+        yield f"{entry['spills_in_main_loops']} instructions of the main loops move spilled registers"
     if entry["shared_bytes"] > architecture.shared_program:
         yield f"needs {entry['shared_bytes']} bytes of shared memory, a program has {architecture.shared_program}"
     elif entry["programs_per_processor"] < 1:
         yield "not one program fits into a multiprocessor"
     found = " ".join(entry["instructions"])
-    if re.search(r"tt\.dot .*x(bf16|f16)>", ttir) and architecture.matrix not in found:
+    operands = re.findall(r"tt\.dot .*?tensor<[^>]*x(\w+)>", ttir)
+    if operands and set(operands) <= {"bf16", "f16"} and architecture.matrix not in found:
         yield f"16-bit products without {architecture.matrix}"
     if "tt.descriptor_load" in ttir and architecture.copy not in found:
         yield f"tensor descriptors without {architecture.copy}"
@@ -291,8 +323,8 @@ def markdown(report: dict[str, Any]) -> str:
         "Written by `make gpu-report`; see benchmarks/gpu_report.py for what is counted and checked.",
         "",
         "Tile: the configuration's block sizes, tokens by columns by step of the hidden size. Spills: instructions "
-        "that move spilled registers, and those of them inside loops. Programs: resident in one multiprocessor, "
-        "estimated from registers, shared memory, warps and tensor memory.",
+        "that move spilled registers, all / inside loops / inside main loops, which are those of the products. "
+        "Programs: resident in one multiprocessor, estimated from registers, shared memory, warps and tensor memory.",
     ]
     for arch, architecture in ARCHITECTURES.items():
         entries = [entry for entry in report["kernels"] if entry["arch"] == arch]
@@ -302,7 +334,7 @@ def markdown(report: dict[str, Any]) -> str:
             "",
             f"## {arch} ({architecture.device}, {architecture.shared_program // KIB} KiB of shared memory per program)",
             "",
-            "| kernel | tile | warps | stages | registers | spills (in loops) | shared KiB | programs (occupancy) "
+            "| kernel | tile | warps | stages | registers | spills | shared KiB | programs (occupancy) "
             "| instructions | problems |",
             "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
@@ -342,9 +374,8 @@ def _cells(entry: dict[str, Any]) -> Iterator[str]:
     yield str(config["num_warps"])
     yield str(config["num_stages"])
     if "registers" in entry:
-        spills = sum(n for op, n in entry["instructions"].items() if re.match(SPILLS, op))
         yield str(entry["registers"])
-        yield f"{spills} ({entry['spills_in_loops']})"
+        yield " / ".join(str(entry[name]) for name in ("spills", "spills_in_loops", "spills_in_main_loops"))
         yield f"{entry['shared_bytes'] / KIB:.1f}"
         yield f"{entry['programs_per_processor']} ({entry['occupancy']:.0%})"
         yield ", ".join(f"{op} {n}" for op, n in entry["instructions"].items())
