@@ -45,7 +45,7 @@ gpu-report: $(VENV)/.test
 # Runs in the python that has torch and Triton for this machine's GPU; nothing is installed.
 gpu-bench:
 	$(PYTHON) setup.py -q build --build-base build/gpu
-	PYTHONPATH=build/gpu/lib $(PYTHON) benchmarks/gpu_bench.py $(ARGS)
+	PYTHONPATH="build/gpu/lib:$$PYTHONPATH" $(PYTHON) benchmarks/gpu_bench.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
