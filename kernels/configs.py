@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 from importlib.resources import files
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,7 +25,7 @@ class Config(NamedTuple):
 
 
 @functools.cache
-def _table() -> dict[str, dict[str, dict[str, list[dict[str, int | None]]]]]:
+def _table() -> dict[str, dict[str, dict[str, list[dict[str, Any]]]]]:
     return json.loads((files(__package__) / "configs.json").read_text())
 
 

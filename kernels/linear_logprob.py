@@ -8,6 +8,9 @@ the running maximum m, Σ 2^(z−m) and what the asked statistics need, all from
 splits of each token.
 """
 
+# Arguments of kernels have no Python types.
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 import math
@@ -42,7 +45,7 @@ from .tiles import (
 
 MAX_SPLITS = 256
 # Programs per multiprocessor: the last wave of programs is partly idle, so its share must be small …
-MIN_WAVES = 8
+MIN_WAVES = 16
 # … and this many token blocks run side by side, over as many splits as fill the device, so that what they read of
 # hidden and weight stays in the L2 cache.
 TOKEN_BLOCKS_PER_GROUP = 16
@@ -61,7 +64,7 @@ def _forward_kernel(
     partials,  # (2 + SUM_SQ + ENTROPY + SUM, splits, n), fp32
     target_logits,  # (n,), fp32
     seed,  # (n,), fp32: a lower bound of the base-2 log-sum-exp, or None: no column sums are asked for
-    column_sq,  # (⌈n / BLOCK_N⌉, V): Σ_t p_tv² over a block's tokens, from above
+    column_sq,  # (⌈n / BLOCK_N⌉, V), bf16: Σ_t p_tv² over a block's tokens, from above
     n_tokens,
     vocab_size,
     hidden_size,
@@ -102,8 +105,7 @@ def _forward_kernel(
 
     first_column = split * tiles_per_split * BLOCK_V
     last_column = min(first_column + tiles_per_split * BLOCK_V, vocab_size)
-    # flatten: the next tile's first loads are under way while this one's exponentials are computed.
-    for column in tl.range(first_column, last_column, BLOCK_V, flatten=True):
+    for column in tl.range(first_column, last_column, BLOCK_V):
         product = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
         for k in tl.range(0, hidden_size, BLOCK_H):
             h = load_tile(hidden, first_token, k, n_tokens, hidden_size, BLOCK_N, BLOCK_H, TMA)
@@ -130,17 +132,16 @@ def _forward_kernel(
             weighted = rescale * (weighted + moved * total)
             weighted += tl.sum(tl.where((columns < vocab_size)[None, :], exp * shifted, 0.0), 1)
         total = total * rescale + tl.sum(exp, 1)
+        squares = exp * exp
         if SUM_SQ:
-            total_sq = total_sq * rescale * rescale + tl.sum(exp * exp, 1)
+            total_sq = total_sq * rescale * rescale + tl.sum(squares, 1)
         maximum = new_maximum
         if seed is not None:
             # p = 2^(z − LSE) with the larger of two lower bounds in the LSE's place: never too small.
-            probs = exp * tl.minimum(tl.exp2(maximum - known), 1.0 / total)[:, None]
+            factor = tl.minimum(tl.exp2(maximum - known), 1.0 / total)
+            sums = tl.sum(squares * (factor * factor)[:, None], 0)
             slot = column_sq + tl.cast(token_block, tl.int64) * vocab_size + columns
-            # A product with ones sums over tokens in the matrix units; shuffles between threads would take longer.
-            ones = tl.full((16, BLOCK_N), 1.0, column_sq.dtype.element_ty)
-            sums = tl.max(tl.dot(ones, (probs * probs).to(column_sq.dtype.element_ty)), 0)
-            tl.store(slot, sums.to(column_sq.dtype.element_ty), mask=columns < vocab_size)
+            tl.store(slot, sums.to(tl.bfloat16), mask=columns < vocab_size)
 
     stride = tl.cast(n_splits, tl.int64) * n_tokens
     slot = partials + tl.cast(split, tl.int64) * n_tokens + tokens
@@ -320,7 +321,7 @@ def forward_partials(
     partials = hidden.new_empty(2 + sum(quantities.values()), n_splits, n_tokens, dtype=torch.float32)
     target_logits = hidden.new_empty(n_tokens, dtype=torch.float32)
     n_blocks = triton.cdiv(n_tokens, config.block_n)
-    column_sq = None if seed is None else hidden.new_empty(n_blocks, vocab_size, dtype=column_dtype(hidden.device))
+    column_sq = None if seed is None else hidden.new_empty(n_blocks, vocab_size, dtype=torch.bfloat16)
     tma = tma_available(hidden, weight)
     _forward_kernel[(n_blocks * n_splits,)](
         operand(hidden, [config.block_n, config.block_h], tma),
@@ -350,11 +351,6 @@ def forward_partials(
         num_stages=config.num_stages,
     )
     return partials, target_logits, column_sq
-
-
-def column_dtype(device: torch.device) -> torch.dtype:
-    """Of the column sums: a score needs fp32's range but few digits. (The interpreter cannot multiply bf16.)"""
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def scored_rows(
@@ -395,7 +391,7 @@ def _forward_op(
     logprobs = hidden.new_zeros(n_rows, dtype=torch.float32)
     logsumexp = torch.zeros_like(logprobs)
     values = logprobs.new_zeros(len(names), n_rows)
-    column_sq = weight.new_empty(0, len(weight), dtype=column_dtype(weight.device))
+    column_sq = weight.new_empty(0, len(weight), dtype=torch.bfloat16)
     center = logprobs.new_empty(weight.shape[1] if tolerance > 0 else 0)
     scored, scored_targets, rows = scored_rows(hidden, targets, ignore_index)
     if n_tokens := len(scored):
@@ -453,7 +449,7 @@ def _(
         logprobs,
         torch.empty_like(logprobs),
         logprobs.new_empty(n_stats, *targets.shape),
-        weight.new_empty(n_blocks, weight.shape[0], dtype=column_dtype(weight.device)),
+        weight.new_empty(n_blocks, weight.shape[0], dtype=torch.bfloat16),
         logprobs.new_empty(weight.shape[1] if tolerance > 0 else 0),
     )
 
@@ -526,8 +522,12 @@ def _backward_op(
     dhidden = (torch.empty_like if rows is None else torch.zeros_like)(hidden) if need_hidden else None
     allocate = torch.empty_like if len(scored) else torch.zeros_like
     dweight = allocate(weight) if need_weight else None
-    dbias = allocate(bias) if need_bias else None
-    gradients = tuple(hidden.new_empty(0) if g is None else g for g in (dhidden, dweight, dbias))
+    dbias = allocate(bias) if need_bias and bias is not None else None
+    gradients = (
+        hidden.new_empty(0) if dhidden is None else dhidden,
+        hidden.new_empty(0) if dweight is None else dweight,
+        hidden.new_empty(0) if dbias is None else dbias,
+    )
     if not len(scored):
         return gradients
 
@@ -590,7 +590,7 @@ def _exact_gradients(
             column_sum = g.sum(0, dtype=torch.float32)
             dbias[columns] = column_sum if unit is None else column_sum * unit
 
-    if dhidden is not None:
+    if dhidden is not None and total is not None:
         if unit is not None:
             total *= unit
         if rows is None:
@@ -642,7 +642,7 @@ def _(
     return (
         torch.empty_like(hidden) if need_hidden else hidden.new_empty(0),
         torch.empty_like(weight) if need_weight else weight.new_empty(0),
-        torch.empty_like(bias) if need_bias else weight.new_empty(0),
+        torch.empty_like(bias) if need_bias and bias is not None else weight.new_empty(0),
     )
 
 

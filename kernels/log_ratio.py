@@ -4,6 +4,9 @@ Letters: N tokens (n of them scored), V vocabulary, H hidden size; the two model
 Nothing but the splits' maxima and sums lies between the walks and the result: no log-prob of either head is written.
 """
 
+# Arguments of kernels have no Python types.
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 from collections.abc import Iterator

@@ -15,6 +15,9 @@ What the rows of W have in common, a mean row c, cancels in the exact gradient (
 it is taken out of dhidden again, which removes its part of the error and changes no expectation.
 """
 
+# Arguments of kernels have no Python types.
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -478,7 +481,7 @@ def sampled_gradients(
             )
     if accumulate:
         for result, total in zip(results, (dweight, dbias), strict=True):
-            if result is not None:
+            if result is not None and total is not None:
                 result.copy_(total)
 
 

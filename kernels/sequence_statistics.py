@@ -3,6 +3,9 @@
 Letters: N tokens, B sequences, T padded length. In torch operations the same takes some twenty launches.
 """
 
+# Arguments of kernels have no Python types.
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 from collections.abc import Iterator

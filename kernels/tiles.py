@@ -1,5 +1,8 @@
 """What the kernels share: loading a tile, from a product to logits and their gradient, and facts of the device."""
 
+# Arguments of kernels have no Python types.
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 import math

@@ -50,7 +50,12 @@ def token_log_ratio(
         for hidden, head in pairs:
             validate_inputs(hidden, head, targets, (), ignore_index)
         ratio = log_ratio(
-            *(x for hidden, head in pairs for x in (hidden.reshape(-1, hidden.shape[-1]), head.weight, head.bias)),
+            aligned_hidden.reshape(-1, aligned_hidden.shape[-1]),
+            aligned_head.weight,
+            aligned_head.bias,
+            ref_hidden.reshape(-1, ref_hidden.shape[-1]),
+            ref_head.weight,
+            ref_head.bias,
             targets.reshape(-1),
             (aligned_head.transform, ref_head.transform),
             ignore_index,
