@@ -13,6 +13,7 @@ exp's range of the largest logit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import chain
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from .dispatch import Options, Report
 from .sparse_grad import (
+    COHERENT,
     SKETCH,
     Sample,
     Selection,
@@ -36,15 +38,16 @@ from .sparse_grad import (
     token_weights,
 )
 
-TILE_ELEMENTS = {"cpu": 1 << 18}  # of one (T, C) tile: 1 MiB of fp32
+TILE_ELEMENTS = {"cpu": 1 << 17}  # of one (T, C) tile: half a MiB of fp32
 OTHER_TILE_ELEMENTS = 1 << 24  # where a launch costs more than leaving the cache
 EXACT_CHUNK = 512  # tokens
-SAMPLED_CHUNK = 128  # tokens: a smaller chunk needs fewer columns, a larger one fewer gathers
+SAMPLED_CHUNK = 256  # tokens: a smaller chunk needs fewer columns, a larger one fewer gathers
 FIRST_CHUNK = 64  # tokens: what it teaches about ε should not cost much
 PROBS_BYTES = 256 << 20  # of exact probabilities kept for the backward; beyond it they are recomputed
 SAMPLE_BYTES = 64 << 20  # of sampled coefficients kept for the backward; beyond it they are recomputed
 UPCAST_ROWS = 4096  # of a 16-bit weight at a time
 HALF_TOLERANCE = 2.0**-9  # from here on coefficients are kept in fp16: their rounding is 2⁻¹² beside it
+HELD_SHARE = 1 / 16  # of the vocabulary whose selection waits for the whole sums
 MAX_KEPT = 0.6  # share of the columns from which on a chunk is computed exactly
 
 
@@ -69,6 +72,21 @@ def _linear_logprob(*operands: Any) -> tuple[Any, ...]:
     return _LinearLogprob.apply(*operands)
 
 
+class _Workspace:
+    """Named buffers that all chunks of a call share: the page faults of a fresh large one cost more than its use."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.like = like
+        self.buffers: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, *shape: int) -> Tensor:
+        size = math.prod(shape)
+        if name not in self.buffers or self.buffers[name].numel() < size:
+            self.buffers.pop(name, None)
+            self.buffers[name] = self.like.new_empty(size + size // 8)
+        return self.buffers[name][:size].view(shape)
+
+
 class _Head(NamedTuple):
     weight: Tensor  # (V, H)
     bias: Tensor | None  # (V,)
@@ -80,6 +98,12 @@ class _Head(NamedTuple):
         """(S, H) rows of the weight in the dtype of gradients."""
         rows = self.weight[index] if isinstance(index, slice) else self.weight.index_select(0, index)
         return rows.to(self.dtype)
+
+    def gather(self, index: Tensor, out: Tensor) -> Tensor:
+        """(S, H) rows of the weight in the dtype of gradients, into ``out``."""
+        if self.weight.dtype == self.dtype:
+            return torch.index_select(self.weight.detach(), 0, index, out=out)
+        return out.copy_(self.weight.index_select(0, index))
 
     def logits(self, hidden: Tensor, index: Tensor | slice, out: Tensor | None = None) -> Tensor:
         """(S, C) logits of ``hidden`` (C, H) at rows ``index`` of the weight."""
@@ -112,8 +136,17 @@ class _Head(NamedTuple):
 class _Pass:
     """One walk over the vocabulary for a chunk of tokens; its sums are complete once all tiles have gone by."""
 
-    def __init__(self, head: _Head, hidden: Tensor, targets: Tensor, stats: tuple[str, ...], shift: Tensor) -> None:
+    def __init__(
+        self,
+        head: _Head,
+        hidden: Tensor,  # (C, H), from head.product_input
+        targets: Tensor,  # (C,)
+        stats: tuple[str, ...],
+        shift: Tensor,  # (C,)
+        workspace: _Workspace,
+    ) -> None:
         self.head, self.hidden, self.targets, self.stats, self.shift = head, hidden, targets, stats, shift
+        self.workspace = workspace
         self.target_logit = shift.clone()
         zeros = torch.zeros_like
         self.rest = zeros(shift)  # Σ_{v≠y} e_v
@@ -128,36 +161,38 @@ class _Pass:
         device = self.shift.device
         size = max(64, TILE_ELEMENTS.get(device.type, OTHER_TILE_ELEMENTS) // chunk)
         starts = range(0, vocab, size)
-        buffer = self.shift.new_empty(min(size, vocab), chunk) if probs is None else probs
         lowest = torch.finfo(head.dtype).min
-        by_target = self.targets.argsort(stable=True)
-        edges = torch.tensor([*starts, vocab], device=device)
-        bounds = torch.searchsorted(self.targets[by_target], edges).tolist()
+        tokens = self.targets.argsort(stable=True)
+        ordered = self.targets[tokens]
+        bounds = torch.searchsorted(ordered, torch.tensor([*starts, vocab], device=device)).tolist()
+        in_tile = (ordered % size) * chunk + tokens  # flat position of each target in its tile
+        target_logits = []
         for k, start in enumerate(starts):
             tile = slice(start, min(start + size, vocab))
-            logits = head.logits(self.hidden, tile, buffer[: tile.stop - start] if probs is None else probs[tile])
+            shape = (tile.stop - start, chunk)
+            logits = head.logits(self.hidden, tile, self.workspace("tile", *shape) if probs is None else probs[tile])
             if "mean_logit" in stats:
                 self.logit_sum += logits.sum(0)
             slope = None if head.softcap is None else head.slope(logits)
-            tokens = by_target[bounds[k] : bounds[k + 1]]
-            at_target = (self.targets[tokens] - start, tokens)
-            self.target_logit[tokens] = logits[at_target]
+            at_target, flat = in_tile[bounds[k] : bounds[k + 1]], logits.view(-1)
+            target_logits.append(flat[at_target])
             logits -= self.shift
-            logits[at_target] = lowest
+            flat.index_fill_(0, at_target, lowest)
             if "max_logprob" in stats or "is_top1" in stats:
                 torch.maximum(self.largest, logits.amax(0), out=self.largest)
             if "entropy" in stats:
-                exp = logits.exp()
+                exp = torch.exp(logits, out=self.workspace("scratch", *shape))
                 self.moment += logits.mul_(exp).sum(0)
                 logits.copy_(exp)
             else:
                 logits.exp_()
             self.rest += logits.sum(0)
             if "log_sum_sq_probs" in stats:
-                self.squares += logits.square().sum(0)
+                self.squares += torch.mul(logits, logits, out=self.workspace("scratch", *shape)).sum(0)
             if slope is not None:
                 self.gradient_rest += logits.mul_(slope).sum(0)
             yield tile, logits
+        self.target_logit[tokens] = torch.cat(target_logits)
 
     @property
     def target(self) -> Tensor:
@@ -242,6 +277,7 @@ class _Forward:
         self.tolerances = options.grad_tolerance
         needed = [tolerance for tolerance, need in zip(options.grad_tolerance, needs, strict=True) if need]
         self.steering = Steering(min(needed)) if needed and min(needed) > 0 else None
+        self.workspace = _Workspace(self.at_target)
         self.generator = torch.Generator(hidden.device).manual_seed(options.seed)
         size = (hidden.shape[1], SKETCH)
         self.sketch = torch.randn(size, generator=self.generator, device=hidden.device, dtype=head.dtype) / SKETCH**0.5
@@ -288,14 +324,14 @@ class _Forward:
         shift = head.target_logits(hidden, targets)
         for _ in range(2):
             expected = hidden.new_zeros(hidden.shape, dtype=head.dtype) if self.need_hidden else None  # Σ_{v≠y} e_v W_v
-            walk = _Pass(head, hidden, targets, self.stats, shift)
+            walk = _Pass(head, hidden, targets, self.stats, shift, self.workspace)
             for tile, exp in walk.tiles(probs):
                 if expected is not None:
                     expected.addmm_(exp.T, head.rows(tile))
             if not walk.overflowed():
                 break
             # Logits that exceed the target's by more than exp can hold: from their true maximum instead.
-            maximum = _Pass(head, hidden, targets, ("is_top1",), shift)
+            maximum = _Pass(head, hidden, targets, ("is_top1",), shift, self.workspace)
             for _tile in maximum.tiles():
                 pass
             shift = shift + maximum.largest.clamp(min=0)
@@ -315,34 +351,26 @@ class _Forward:
         hidden = head.product_input(self.hidden[rows])
         vocab = head.weight.shape[0]
         epsilon = steering.epsilon(len(rows))
-        uniform = torch.rand(vocab, generator=self.generator, device=hidden.device)
-        mass = self.at_target.new_empty(vocab)
-        walk = _Pass(head, hidden, targets, self.stats, head.target_logits(hidden, targets))
-        # Weights from sums still incomplete choose more columns than those from the whole sums will.
-        found, found_exp, count = [], [], 0
-        for tile, exp in walk.tiles():
-            weights = token_weights(walk.rest, walk.target)
-            torch.mv(exp, weights, out=mass[tile])
-            score = torch.mv(exp.square(), weights.square()).sqrt_()
-            columns = select_columns(score, None, epsilon, uniform[tile]).columns
-            found.append(columns + tile.start)
-            found_exp.append(exp.index_select(0, columns))
-            count += len(columns)
-            if count > MAX_KEPT * vocab:
-                return rows
-        if walk.overflowed():
+        uniform = torch.rand(vocab, generator=self.generator, device=hidden.device, dtype=head.dtype)
+        shift = head.target_logits(hidden, targets)
+        walk = _Pass(head, hidden, targets, self.stats, shift, self.workspace)
+        candidates = _candidates(walk, epsilon, uniform)
+        if candidates is None or walk.overflowed():
             return rows
+        columns, probs, mass = candidates
         total = walk.total
-        columns, probs = torch.cat(found), torch.cat(found_exp).div_(total)
+        probs /= total
         weights = token_weights(walk.rest, walk.target).mul_(total)
-        chosen, keep = select_columns(probs.square().mv(weights.square()).sqrt_(), None, epsilon, uniform[columns])
-        columns, probs = columns[chosen], probs.index_select(0, chosen)
+        squares = torch.mul(probs, probs, out=self.workspace("squares", *probs.shape))
+        chosen, keep = select_columns(squares.mv(weights.square_()).sqrt_(), None, epsilon, uniform[columns])
+        probs = torch.index_select(probs, 0, chosen, out=self.workspace("probs", len(chosen), len(rows)))
+        columns = columns[chosen]
         if len(columns) > MAX_KEPT * vocab:
             return rows
         others, at_target = walk.gradient_rest / total, walk.target_coefficient()
         sample = make_sample(Selection(columns, keep), probs, mass, others)
         coefs, remainder = coefficients(sample, probs, others)
-        squares = coefs.square()
+        squares = torch.mul(coefs, coefs, out=self.workspace("squares", *coefs.shape))
 
         failing = torch.zeros_like(targets, dtype=torch.bool)
         ratio = 0.0
@@ -354,10 +382,10 @@ class _Forward:
             coherent = coherent_variance(keep, coefs, hidden.to(head.dtype) @ self.sketch)
             ratio = max(
                 steering.ratio(error, size, failing, self.tolerances[1]),
-                coherent / (self.tolerances[1] ** 2 * float(size.sum()) + 1e-30),
+                COHERENT * coherent / max(self.tolerances[1] ** 2 * float(size.sum()), 1e-30),
             )
         if self.unscaled is not None:
-            weight = head.rows(columns)
+            weight = head.gather(columns, self.workspace("rows", len(columns), hidden.shape[1]))
             unscaled = torch.addmm(head.rows(targets).mul_(at_target[:, None]), coefs.T, weight, alpha=-1)
             error, mean = sampling_variance(sample, squares, weight)
             size = torch.addr(unscaled, remainder, mean, alpha=-1).square_().sum(1)
@@ -385,6 +413,42 @@ class _Forward:
             _Sampled(rows_served, sample.columns, sample.keep, sample.tail, sample.mass, remainder, kept)
         )
         return rows[failing]
+
+
+def _candidates(walk: _Pass, epsilon: float, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """(S,) columns that select_columns may choose, their e (S, C), and the (V,) sum over tokens of all columns' p.
+
+    A tile is gone before the sums over all tiles are known. Sums still incomplete give weights that choose too many
+    columns, and a p that is too large; both matter little once the tokenizer's first entries, the frequent ones, are
+    counted, and those are held until the end. None where the chunk needs too many columns.
+    """
+    vocab, workspace = len(uniform), walk.workspace
+    mass = uniform.new_empty(vocab)
+    threshold = (uniform * epsilon).square_()
+    held, found = [], []
+    count, refresh = 0, 0
+
+    def examine(tile: slice, exp: Tensor) -> tuple[Tensor, Tensor]:
+        torch.mv(exp, average, out=mass[tile])
+        squares = torch.mul(exp, exp, out=workspace("scratch", *exp.shape))
+        columns = (threshold[tile] < torch.mv(squares, weights)).nonzero().squeeze(-1)
+        return columns + tile.start, exp.index_select(0, columns)
+
+    for tile, exp in walk.tiles():
+        if tile.start < HELD_SHARE * vocab:
+            held.append((tile, workspace(f"held {tile.start}", *exp.shape).copy_(exp)))
+            continue
+        if tile.start >= refresh:
+            refresh = tile.start + vocab // 16
+            average, weights = 1 / walk.total, token_weights(walk.rest, walk.target).square_()
+        found.append(examine(tile, exp))
+        count += len(found[-1][0])
+        if count > MAX_KEPT * vocab:
+            return None
+    average, weights = 1 / walk.total, token_weights(walk.rest, walk.target).square_()
+    columns, exps = zip(*[examine(*tile) for tile in held], *found, strict=True)
+    columns = torch.cat(columns)
+    return columns, torch.cat(exps, out=workspace("candidates", len(columns), len(average))), mass
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -425,6 +489,7 @@ class _LinearLogprob(torch.autograd.Function):
         exact, sampled = _unflatten(_Exact, parts[:split]), _unflatten(_Sampled, parts[split:])
         rows = (targets != ctx.ignore_index).nonzero().squeeze(-1)
         upstream = grad.to(head.dtype) * head.scale
+        workspace = _Workspace(upstream)
 
         with torch.autocast(hidden.device.type, enabled=False):
             dhidden = (unscaled * upstream[:, None]).to(hidden.dtype) if need_hidden else None
@@ -444,14 +509,16 @@ class _LinearLogprob(torch.autograd.Function):
                     dbias.sub_(part.tail, alpha=float(part.remainder @ upstream[part.rows]))
                 dbias.index_add_(0, targets[rows], (upstream * at_target)[rows])
             for part in sampled if need_weight or need_bias else ():
-                coefs = _sampled_coefficients(part, head, hidden, targets, logsumexp, others)
+                coefs = _sampled_coefficients(part, head, hidden, targets, logsumexp, others, workspace)
                 if dweight is not None:
-                    dweight.index_add_(0, part.columns, coefs @ _scale(hidden, -upstream, part.rows))
+                    product = workspace("product", len(part.columns), hidden.shape[1])
+                    torch.mm(coefs, _scale(hidden, -upstream, part.rows), out=product)
+                    dweight.index_add_(0, part.columns, product)
                 if dbias is not None:
                     dbias.index_add_(0, part.columns, coefs @ -upstream[part.rows])
             for part in exact if need_weight or need_bias else ():
                 scaled = _scale(hidden, -upstream, part.rows)
-                for columns, probs in _exact_probs(part, head, hidden, targets, logsumexp):
+                for columns, probs in _exact_probs(part, head, hidden, targets, logsumexp, workspace):
                     if dweight is not None:
                         dweight[columns].addmm_(probs, scaled)
                     if dbias is not None:
@@ -471,11 +538,17 @@ def _scale(hidden: Tensor, factor: Tensor, rows: Tensor) -> Tensor:
 
 
 def _sampled_coefficients(
-    part: _Sampled, head: _Head, hidden: Tensor, targets: Tensor, logsumexp: Tensor, others: Tensor
+    part: _Sampled,
+    head: _Head,
+    hidden: Tensor,  # (N, H)
+    targets: Tensor,  # (N,)
+    logsumexp: Tensor,  # (N,)
+    others: Tensor,  # (N,)
+    workspace: _Workspace,
 ) -> Tensor:
     """(S, C), as kept or from a product with the drawn rows alone."""
     if part.coefficients is not None:
-        return part.coefficients.to(head.dtype)
+        return workspace("coefficients", *part.coefficients.shape).copy_(part.coefficients)
     logits = head.logits(head.product_input(hidden[part.rows]), part.columns)
     slope = 1 if head.softcap is None else head.slope(logits)
     probs = logits.sub_(logsumexp[part.rows]).exp_().mul_(slope)
@@ -485,14 +558,15 @@ def _sampled_coefficients(
 
 
 def _exact_probs(
-    part: _Exact, head: _Head, hidden: Tensor, targets: Tensor, logsumexp: Tensor
+    part: _Exact, head: _Head, hidden: Tensor, targets: Tensor, logsumexp: Tensor, workspace: _Workspace
 ) -> Iterator[tuple[slice, Tensor]]:
     """Ranges of the vocabulary with their (T, C) probabilities, 0 at targets: as kept, or tile by tile once more."""
     if part.probs is not None:
         yield slice(None), part.probs
     else:
         rows = part.rows
-        yield from _Pass(head, head.product_input(hidden[rows]), targets[rows], (), logsumexp[rows]).tiles()
+        inputs = head.product_input(hidden[rows])
+        yield from _Pass(head, inputs, targets[rows], (), logsumexp[rows], workspace).tiles()
 
 
 def _unflatten(kind: type, fields: list[Tensor | None]) -> list[Any]:
