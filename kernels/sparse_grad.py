@@ -31,6 +31,10 @@ SKETCH = 64  # dimensions in which the norms of dweight's rows are estimated
 NEGLIGIBLE = 0.1  # a token's gradient counts as at least this much of its chunk's root mean square
 
 
+DHIDDEN, DWEIGHT = 0, 1
+TINY = 1e-30  # no division by zero
+
+
 class Selection(NamedTuple):
     """Columns kept for a chunk. ``keep`` is the probability with which each one was drawn: 1/keep weighs it."""
 
@@ -140,7 +144,8 @@ class Steering:
         self.level = INITIAL_LEVEL * tolerance**2
         self.skip = self.patience = 0
         self.chunks = self.dense_chunks = 0
-        self.kept = self.largest_mass = self.error = self.size = 0.0
+        self.kept = self.largest_mass = 0.0
+        self.error, self.size = [0.0, 0.0], [0.0, 0.0]  # squared, of dhidden and dweight
 
     def epsilon(self, tokens: int) -> float:
         """n_v is the norm of C numbers, so that ε grows with √C at a given share of columns."""
@@ -159,25 +164,25 @@ class Steering:
             self.patience = min(2 * self.patience + 1, 63)
             self.skip = self.patience
 
-    def ratio(self, error: Tensor, size: Tensor, failing: Tensor, tolerance: float) -> float:
-        """Squared error of the tokens that do not fail, over what is allowed to the chunk."""
-        error = error.masked_fill(failing, 0)
-        self.error, self.size = self.error + float(error.sum()), self.size + float(size.sum())
-        return float(error.sum()) / max(tolerance**2 * float(size.sum()), 1e-30)
+    def ratio(self, gradient: int, error: Tensor, size: Tensor, failing: Tensor, tolerance: float) -> float:
+        """Squared error of the tokens that do not fail, over what the chunk is allowed, for DHIDDEN or DWEIGHT."""
+        total_error, total_size = float(error.masked_fill(failing, 0).sum()), float(size.sum())
+        self.error[gradient] += total_error
+        self.size[gradient] += total_size
+        return total_error / max(tolerance**2 * total_size, TINY)
 
     def record(self, ratio: float, share: float, mass: float) -> None:
         """A chunk was sampled: its squared error over what is allowed, its share of columns, its largest δ_t."""
         self.patience = 0
         # The squared error is between linear and quadratic in ε: Σ_v n_v (ε − n_v) over the columns with n_v < ε.
-        self.level *= min(4.0, max(0.25, (MARGIN**2 / max(ratio, 1e-9)) ** 0.7))
+        self.level *= min(4.0, max(0.25, (MARGIN**2 / max(ratio, TINY)) ** 0.7))
         self.kept += share
         self.largest_mass = max(self.largest_mass, mass)
 
     def report(self) -> tuple[float, float, float, int, int]:
         """columns_kept, max_dropped_mass, estimated_error, dense_chunks, chunks: see GradReport."""
-        sampled = self.chunks - self.dense_chunks
         kept = (self.kept + self.dense_chunks) / max(self.chunks, 1)
-        error = (self.error / self.size) ** 0.5 if sampled else 0.0
+        error = max(error / max(size, TINY) for error, size in zip(self.error, self.size, strict=True)) ** 0.5
         return kept, self.largest_mass, error, self.dense_chunks, self.chunks
 
 

@@ -25,7 +25,10 @@ from torch.autograd.function import once_differentiable
 from .dispatch import Options, Report
 from .sparse_grad import (
     COHERENT,
+    DHIDDEN,
+    DWEIGHT,
     SKETCH,
+    TINY,
     Sample,
     Selection,
     Steering,
@@ -38,13 +41,13 @@ from .sparse_grad import (
     token_weights,
 )
 
-TILE_ELEMENTS = {"cpu": 1 << 17}  # of one (T, C) tile: half a MiB of fp32
+TILE_ELEMENTS = {"cpu": 1 << 18}  # of one (T, C) tile: 1 MiB of fp32
 OTHER_TILE_ELEMENTS = 1 << 24  # where a launch costs more than leaving the cache
 EXACT_CHUNK = 512  # tokens
 SAMPLED_CHUNK = 256  # tokens: a smaller chunk needs fewer columns, a larger one fewer gathers
 FIRST_CHUNK = 64  # tokens: what it teaches about ε should not cost much
 PROBS_BYTES = 256 << 20  # of exact probabilities kept for the backward; beyond it they are recomputed
-SAMPLE_BYTES = 64 << 20  # of sampled coefficients kept for the backward; beyond it they are recomputed
+SAMPLE_BYTES = 32 << 20  # of sampled coefficients kept for the backward; beyond it they are recomputed
 UPCAST_ROWS = 4096  # of a 16-bit weight at a time
 HALF_TOLERANCE = 2.0**-9  # from here on coefficients are kept in fp16: their rounding is 2⁻¹² beside it
 HELD_SHARE = 1 / 16  # of the vocabulary whose selection waits for the whole sums
@@ -110,7 +113,7 @@ class _Head(NamedTuple):
         if hidden.dtype == self.dtype:
             logits = torch.mm(self.rows(index), hidden.T, out=out)
         else:
-            logits = torch.mm(self.weight[index], hidden.T, out_dtype=self.dtype)
+            logits = torch.mm(self.weight[index], hidden.T, out_dtype=self.dtype, out=out)
         return self._transform(logits, index)
 
     def target_logits(self, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -381,8 +384,8 @@ class _Forward:
             failing |= failing_tokens(error, size, self.tolerances[1])
             coherent = coherent_variance(keep, coefs, hidden.to(head.dtype) @ self.sketch)
             ratio = max(
-                steering.ratio(error, size, failing, self.tolerances[1]),
-                COHERENT * coherent / max(self.tolerances[1] ** 2 * float(size.sum()), 1e-30),
+                steering.ratio(DWEIGHT, error, size, failing, self.tolerances[1]),
+                COHERENT * coherent / max(self.tolerances[1] ** 2 * float(size.sum()), TINY),
             )
         if self.unscaled is not None:
             weight = head.gather(columns, self.workspace("rows", len(columns), hidden.shape[1]))
@@ -390,7 +393,7 @@ class _Forward:
             error, mean = sampling_variance(sample, squares, weight)
             size = torch.addr(unscaled, remainder, mean, alpha=-1).square_().sum(1)
             failing |= failing_tokens(error, size, self.tolerances[0])
-            ratio = max(ratio, steering.ratio(error, size, failing, self.tolerances[0]))
+            ratio = max(ratio, steering.ratio(DHIDDEN, error, size, failing, self.tolerances[0]))
             self.unscaled[rows] = unscaled
         self.emit(rows, walk)
         if failing.all():
