@@ -6,6 +6,7 @@ hidden states → :func:`token_logprobs` → :func:`sequence_logprobs`, :func:`w
 
 from . import reference
 from .head import LMHead
+from .log_ratio import token_log_ratio
 from .losses import PAIRWISE_LOSSES, kto_loss, preference_loss, wpo_loss, wspo_loss
 from .sequence_stats import ALIGNMENTS, SequenceLogprobs, sequence_logprobs, wpo_weights
 from .token_stats import STATS, GradReport, TokenStats, check_inputs, token_logprobs
@@ -25,6 +26,7 @@ __all__ = [
     "preference_loss",
     "reference",
     "sequence_logprobs",
+    "token_log_ratio",
     "token_logprobs",
     "wpo_loss",
     "wpo_weights",

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .kernels.dispatch import resolve_backend
 from .token_stats import TokenStats
 
 ALIGNMENTS = {"sampled": "log_sum_sq_probs", "greedy": "max_logprob", "none": None}
@@ -31,10 +32,7 @@ def sequence_logprobs(stats: TokenStats, cu_seqlens: Tensor | None = None) -> Se
         ValueError: a layout that does not fit, or (on the CPU) a sequence without a scored token. On accelerators,
             where looking would cost a synchronization, such a sequence's mean is NaN.
     """
-    length = segment_sum(stats.mask, cu_seqlens)
-    require_tokens(length)
-    total = segment_sum(stats.logprobs, cu_seqlens)
-    return SequenceLogprobs(total, total / length, length)
+    return _reduce(stats.logprobs, stats.mask, cu_seqlens)
 
 
 def wpo_weights(stats: TokenStats, alignment: str = "sampled", cu_seqlens: Tensor | None = None) -> Tensor:
@@ -56,9 +54,7 @@ def wpo_weights(stats: TokenStats, alignment: str = "sampled", cu_seqlens: Tenso
         if statistic is None:
             raise ValueError(f'alignment "{alignment}" needs token_logprobs(..., stats=("{name}",))')
         aligned = aligned - statistic
-    length = segment_sum(stats.mask, cu_seqlens)
-    require_tokens(length)
-    return torch.exp(segment_sum(aligned, cu_seqlens) / length)
+    return _reduce(aligned, stats.mask, cu_seqlens).mean.exp()
 
 
 def alignment_stat(alignment: str) -> str | None:
@@ -68,6 +64,22 @@ def alignment_stat(alignment: str) -> str | None:
     return ALIGNMENTS[alignment]
 
 
+def _reduce(
+    logprobs: Tensor,  # (B, T), or (N,) with cu_seqlens
+    mask: Tensor,  # of the same shape
+    cu_seqlens: Tensor | None,  # (B + 1,)
+) -> SequenceLogprobs:
+    _check_layout(logprobs, cu_seqlens)
+    if logprobs.dtype == torch.float32 and resolve_backend("auto", logprobs.device) == "triton":
+        from .kernels.sequence_statistics import sequence_statistics
+
+        return SequenceLogprobs(*sequence_statistics(logprobs, mask, None, cu_seqlens)[:3])
+    length = segment_sum(mask, cu_seqlens)
+    require_tokens(length)
+    total = segment_sum(logprobs, cu_seqlens)
+    return SequenceLogprobs(total, total / length, length)
+
+
 def segment_sum(
     values: Tensor,  # (B, T), or (N,) with cu_seqlens
     cu_seqlens: Tensor | None,  # (B + 1,)
@@ -75,22 +87,9 @@ def segment_sum(
     """(B,) sums over each sequence's tokens; booleans are counted."""
     if values.dtype == torch.bool:
         values = values.long()
+    _check_layout(values, cu_seqlens)
     if cu_seqlens is None:
-        if values.dim() != 2:
-            raise ValueError(
-                f"statistics must have the padded shape (B, T), or be packed (N,) with cu_seqlens; "
-                f"found {tuple(values.shape)} without cu_seqlens"
-            )
         return values.sum(-1)
-    if values.dim() != 1 or cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point():
-        raise ValueError(
-            f"cu_seqlens must be (B + 1,) integers over packed statistics (N,); found cu_seqlens "
-            f"{tuple(cu_seqlens.shape)} {cu_seqlens.dtype} and statistics {tuple(values.shape)}"
-        )
-    if cu_seqlens.device.type == "cpu" and (
-        cu_seqlens[0] != 0 or cu_seqlens[-1] != len(values) or bool((cu_seqlens.diff() < 0).any())
-    ):
-        raise ValueError(f"cu_seqlens must rise from 0 to the {len(values)} packed tokens, found {cu_seqlens.tolist()}")
     positions = torch.arange(len(values), device=values.device)
     sequence = torch.searchsorted(cu_seqlens[1:], positions, right=True)
     return values.new_zeros(len(cu_seqlens) - 1).index_add(0, sequence, values)
@@ -103,3 +102,24 @@ def require_tokens(length: Tensor) -> None:
         raise ValueError(
             f"every sequence needs at least one scored token; sequences {empty} of {len(length)} have none"
         )
+
+
+def _check_layout(values: Tensor, cu_seqlens: Tensor | None) -> None:
+    if cu_seqlens is None:
+        if values.dim() != 2:
+            raise ValueError(
+                f"statistics must have the padded shape (B, T), or be packed (N,) with cu_seqlens; "
+                f"found {tuple(values.shape)} without cu_seqlens"
+            )
+        return
+    if values.dim() != 1 or cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point():
+        raise ValueError(
+            f"cu_seqlens must be (B + 1,) integers over packed statistics (N,); found cu_seqlens "
+            f"{tuple(cu_seqlens.shape)} {cu_seqlens.dtype} and statistics {tuple(values.shape)}"
+        )
+    if cu_seqlens.device != values.device:
+        raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, expected {values.device} as the statistics")
+    if cu_seqlens.device.type == "cpu" and (
+        cu_seqlens[0] != 0 or cu_seqlens[-1] != len(values) or bool((cu_seqlens.diff() < 0).any())
+    ):
+        raise ValueError(f"cu_seqlens must rise from 0 to the {len(values)} packed tokens, found {cu_seqlens.tolist()}")
