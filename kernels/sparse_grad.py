@@ -25,7 +25,10 @@ from torch import Tensor
 # ε for a chunk of C tokens starts at this · τ² · √C: within 30 % of what the hidden states of a small chat model need.
 INITIAL_LEVEL = 8.0
 MARGIN = 0.7  # of the tolerance, aimed at: a chunk scatters by some 15 %
-COHERENT = 0.6  # weight of the error that dweight would have if all upstream gradients were equal: it needs less margin
+COHERENT = (
+    0.75  # weight of the error that dweight would have if all upstream gradients were equal: it needs less margin
+)
+CEILING = 0.9  # of the tolerance: tokens of a chunk whose estimate is above it are computed densely
 OUTLIER = 4.0  # a token may be this many tolerances wrong
 SKETCH = 64  # dimensions in which the norms of dweight's rows are estimated
 NEGLIGIBLE = 0.1  # a token's gradient counts as at least this much of its chunk's root mean square
@@ -145,6 +148,7 @@ class Steering:
         self.skip = self.patience = 0
         self.chunks = self.dense_chunks = 0
         self.kept = self.largest_mass = 0.0
+        self.ratios: list[float] = []
         self.error, self.size = [0.0, 0.0], [0.0, 0.0]  # squared, of dhidden and dweight
 
     def epsilon(self, tokens: int) -> float:
@@ -152,17 +156,20 @@ class Steering:
         return self.level * tokens**0.5
 
     def wants_dense(self) -> bool:
-        """Whether the next chunk should not even be tried: after the n-th failure in a row the next 2ⁿ − 1 are not."""
-        self.chunks += 1
+        """Whether the next walk should not even be tried: after the n-th failure in a row the next 2ⁿ − 1 are not."""
         self.skip -= 1
-        return self.skip >= 0
-
-    def record_dense(self) -> None:
-        """A chunk was computed exactly."""
-        self.dense_chunks += 1
         if self.skip < 0:
-            self.patience = min(2 * self.patience + 1, 63)
-            self.skip = self.patience
+            return False
+        self.chunks += 1
+        self.dense_chunks += 1
+        return True
+
+    def record_dense(self, chunks: int) -> None:
+        """That many chunks need too many columns."""
+        self.chunks += chunks
+        self.dense_chunks += chunks
+        self.patience = min(2 * self.patience + 1, 63)
+        self.skip = self.patience
 
     def ratio(self, gradient: int, error: Tensor, size: Tensor, failing: Tensor, tolerance: float) -> float:
         """Squared error of the tokens that do not fail, over what the chunk is allowed, for DHIDDEN or DWEIGHT."""
@@ -173,11 +180,19 @@ class Steering:
 
     def record(self, ratio: float, share: float, mass: float) -> None:
         """A chunk was sampled: its squared error over what is allowed, its share of columns, its largest δ_t."""
-        self.patience = 0
-        # The squared error is between linear and quadratic in ε: Σ_v n_v (ε − n_v) over the columns with n_v < ε.
-        self.level *= min(4.0, max(0.25, (MARGIN**2 / max(ratio, TINY)) ** 0.7))
+        self.chunks += 1
         self.kept += share
         self.largest_mass = max(self.largest_mass, mass)
+        self.ratios.append(ratio)
+
+    def adapt(self) -> None:
+        """Move ε by what was recorded since the last time."""
+        if self.ratios:
+            ratio = sum(self.ratios) / len(self.ratios)
+            # The squared error is between linear and quadratic in ε: Σ_v n_v (ε − n_v) over the columns with n_v < ε.
+            self.level *= min(4.0, max(0.25, (MARGIN**2 / max(ratio, TINY)) ** 0.7))
+            self.patience = 0
+            self.ratios.clear()
 
     def report(self) -> tuple[float, float, float, int, int]:
         """columns_kept, max_dropped_mass, estimated_error, dense_chunks, chunks: see GradReport."""
@@ -200,5 +215,5 @@ def failing_tokens(
     worst = error.argsort(descending=True)
     # Error of a token and of all that are better than it.
     remaining = error[worst].flip(0).cumsum(0).flip(0)
-    failing[worst] |= remaining > tolerance**2 * size.sum()
+    failing[worst] |= remaining > (CEILING * tolerance) ** 2 * size.sum()
     return failing

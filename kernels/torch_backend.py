@@ -41,13 +41,14 @@ from .sparse_grad import (
     token_weights,
 )
 
-TILE_ELEMENTS = {"cpu": 1 << 18}  # of one (T, C) tile: 1 MiB of fp32
+TILE_ELEMENTS = {"cpu": 1 << 19}  # of one (T, C) tile: 2 MiB of fp32
 OTHER_TILE_ELEMENTS = 1 << 24  # where a launch costs more than leaving the cache
 EXACT_CHUNK = 512  # tokens
-SAMPLED_CHUNK = 256  # tokens: a smaller chunk needs fewer columns, a larger one fewer gathers
+SAMPLED_CHUNK = 512  # tokens of one walk over the vocabulary
+SAMPLED_GROUP = 128  # tokens that share columns: fewer need fewer columns, more need fewer gathers
 FIRST_CHUNK = 64  # tokens: what it teaches about ε should not cost much
-PROBS_BYTES = 256 << 20  # of exact probabilities kept for the backward; beyond it they are recomputed
-SAMPLE_BYTES = 32 << 20  # of sampled coefficients kept for the backward; beyond it they are recomputed
+PROBS_BYTES = 512 << 20  # of exact probabilities kept for the backward; beyond it they are recomputed
+SAMPLE_BYTES = 24 << 20  # of sampled coefficients kept for the backward; beyond it they are recomputed
 UPCAST_ROWS = 4096  # of a 16-bit weight at a time
 HALF_TOLERANCE = 2.0**-9  # from here on coefficients are kept in fp16: their rounding is 2⁻¹² beside it
 HELD_SHARE = 1 / 16  # of the vocabulary whose selection waits for the whole sums
@@ -129,6 +130,7 @@ class _Head(NamedTuple):
 
     def slope(self, logits: Tensor) -> Tensor:
         """∂z / ∂(scale · x) of a soft cap: 1 − (z / cap)²."""
+        assert self.softcap is not None
         return (logits / self.softcap).square_().neg_().add_(1)
 
     def product_input(self, hidden: Tensor) -> Tensor:
@@ -294,10 +296,7 @@ class _Forward:
         for chunk in (rows[:FIRST_CHUNK], *rows[FIRST_CHUNK:].split(SAMPLED_CHUNK)):
             if not len(chunk):
                 continue
-            failing = chunk if steering.wants_dense() else self.sampled_chunk(chunk)
-            if len(failing) == len(chunk):
-                steering.record_dense()
-            dense.append(failing)
+            dense.append(chunk if steering.wants_dense() else self.sampled_chunk(chunk, steering))
         self.exact_chunks(torch.cat(dense))
         if self.unscaled is not None and self.sampled:
             # All μ = qᵀW in one product.
@@ -340,7 +339,7 @@ class _Forward:
             shift = shift + maximum.largest.clamp(min=0)
         self.emit(rows, walk)
         total = walk.total
-        if expected is not None:
+        if expected is not None and self.unscaled is not None:
             unscaled = head.rows(targets).mul_(self.at_target[rows, None])
             self.unscaled[rows] = unscaled.sub_(expected.div_(total[:, None]))
         if probs is not None:
@@ -348,29 +347,52 @@ class _Forward:
         if self.need_weight:
             self.exact.append(_Exact(rows, probs))
 
-    def sampled_chunk(self, rows: Tensor) -> Tensor:
-        """Sample the gradient of tokens ``rows``; returns those of them for which that does not do."""
-        head, targets, steering = self.head, self.targets[rows], self.steering
+    def sampled_chunk(self, rows: Tensor, steering: Steering) -> Tensor:
+        """Sample the gradient of tokens ``rows``; returns those of them for which that does not do.
+
+        One walk serves several groups of tokens, each with columns of its own: a wide product is the faster one, and
+        few tokens need fewer columns.
+        """
+        head, targets = self.head, self.targets[rows]
         hidden = head.product_input(self.hidden[rows])
-        vocab = head.weight.shape[0]
-        epsilon = steering.epsilon(len(rows))
-        uniform = torch.rand(vocab, generator=self.generator, device=hidden.device, dtype=head.dtype)
         shift = head.target_logits(hidden, targets)
         walk = _Pass(head, hidden, targets, self.stats, shift, self.workspace)
-        candidates = _candidates(walk, epsilon, uniform)
+        groups = [slice(start, start + SAMPLED_GROUP) for start in range(0, len(rows), SAMPLED_GROUP)]
+        epsilon = steering.epsilon(min(SAMPLED_GROUP, len(rows)))
+        shape = (len(groups), head.weight.shape[0])
+        uniform = torch.rand(shape, generator=self.generator, device=hidden.device, dtype=head.dtype)
+        candidates = _candidates(walk, groups, epsilon, uniform)
         if candidates is None or walk.overflowed():
+            steering.record_dense(len(groups))
             return rows
-        columns, probs, mass = candidates
-        total = walk.total
-        probs /= total
-        weights = token_weights(walk.rest, walk.target).mul_(total)
+        self.emit(rows, walk)
+        failing = [
+            rows[group][self.sampled_group(rows[group], walk, group, found, epsilon, steering)]
+            for group, found in zip(groups, candidates, strict=True)
+        ]
+        steering.adapt()
+        return torch.cat(failing)
+
+    def sampled_group(
+        self, rows: Tensor, walk: _Pass, group: slice, found: _Candidates, epsilon: float, steering: Steering
+    ) -> Tensor:
+        """Sample the gradient of one group of a walk; returns a (C,) mask of the tokens for which that does not do."""
+        head, targets = self.head, walk.targets[group]
+        hidden = walk.hidden[group]
+        rest, target, gradient_rest = walk.rest[group], walk.target[group], walk.gradient_rest[group]
+        total = rest + target
+        mass, uniform = found.mass, found.uniform
+        columns, probs = torch.cat(found.columns), torch.cat(found.exp).div_(total)
+        found.exp.clear()
+        weights = token_weights(rest, target).mul_(total)
         squares = torch.mul(probs, probs, out=self.workspace("squares", *probs.shape))
         chosen, keep = select_columns(squares.mv(weights.square_()).sqrt_(), None, epsilon, uniform[columns])
-        probs = torch.index_select(probs, 0, chosen, out=self.workspace("probs", len(chosen), len(rows)))
         columns = columns[chosen]
-        if len(columns) > MAX_KEPT * vocab:
-            return rows
-        others, at_target = walk.gradient_rest / total, walk.target_coefficient()
+        if len(columns) > MAX_KEPT * len(mass):
+            steering.record_dense(1)
+            return torch.ones_like(targets, dtype=torch.bool)
+        probs = torch.index_select(probs, 0, chosen, out=self.workspace("probs", len(chosen), len(rows)))
+        others, at_target = gradient_rest / total, self.at_target[rows]
         sample = make_sample(Selection(columns, keep), probs, mass, others)
         coefs, remainder = coefficients(sample, probs, others)
         squares = torch.mul(coefs, coefs, out=self.workspace("squares", *coefs.shape))
@@ -378,11 +400,12 @@ class _Forward:
         failing = torch.zeros_like(targets, dtype=torch.bool)
         ratio = 0.0
         if self.need_weight:
-            length = hidden.to(head.dtype).square().sum(1)
+            states = hidden.to(head.dtype)
+            length = states.square().sum(1)
             error = length * ((1 - keep) @ squares)
             size = length * (at_target.square() + keep @ squares)
             failing |= failing_tokens(error, size, self.tolerances[1])
-            coherent = coherent_variance(keep, coefs, hidden.to(head.dtype) @ self.sketch)
+            coherent = coherent_variance(keep, coefs, states @ self.sketch)
             ratio = max(
                 steering.ratio(DWEIGHT, error, size, failing, self.tolerances[1]),
                 COHERENT * coherent / max(self.tolerances[1] ** 2 * float(size.sum()), TINY),
@@ -395,47 +418,60 @@ class _Forward:
             failing |= failing_tokens(error, size, self.tolerances[0])
             ratio = max(ratio, steering.ratio(DHIDDEN, error, size, failing, self.tolerances[0]))
             self.unscaled[rows] = unscaled
-        self.emit(rows, walk)
-        if failing.all():
-            return rows
-        steering.record(ratio, len(columns) / vocab, float(sample.mass.max()))
+        steering.record(ratio, len(columns) / len(mass), float(sample.mass.max()))
         if failing.any():
             served = ~failing
-            rows_served, coefs, remainder = rows[served], coefs[:, served], remainder[served]
+            rows, coefs, remainder = rows[served], coefs[:, served], remainder[served]
             sample = sample._replace(mass=sample.mass[served])
-        else:
-            rows_served = rows
         kept = None
         if self.need_weight:
             dtype = torch.float16 if min(self.tolerances) >= HALF_TOLERANCE else coefs.dtype
-            size = coefs.numel() * dtype.itemsize
-            if size <= self.sample_left:
-                self.sample_left -= size
-                kept = coefs.to(dtype)
-        self.sampled.append(
-            _Sampled(rows_served, sample.columns, sample.keep, sample.tail, sample.mass, remainder, kept)
-        )
-        return rows[failing]
+            nbytes = coefs.numel() * dtype.itemsize
+            if nbytes <= self.sample_left:
+                self.sample_left -= nbytes
+                kept = coefs.to(dtype, copy=True)
+        self.sampled.append(_Sampled(rows, columns, keep, sample.tail, sample.mass, remainder, kept))
+        return failing
 
 
-def _candidates(walk: _Pass, epsilon: float, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """(S,) columns that select_columns may choose, their e (S, C), and the (V,) sum over tokens of all columns' p.
+class _Candidates(NamedTuple):
+    """Of one group of tokens: columns that select_columns may choose, and what it needs to know of them."""
+
+    columns: list[Tensor]  # (S,) in pieces
+    exp: list[Tensor]  # (S, C) in pieces, e · slope
+    mass: Tensor  # (V,), Σ_t p_tv of all columns
+    uniform: Tensor  # (V,), the draw
+
+
+def _candidates(walk: _Pass, groups: list[slice], epsilon: float, uniform: Tensor) -> list[_Candidates] | None:
+    """Walk over the vocabulary and keep the columns that each group may need; None where those are too many.
 
     A tile is gone before the sums over all tiles are known. Sums still incomplete give weights that choose too many
     columns, and a p that is too large; both matter little once the tokenizer's first entries, the frequent ones, are
-    counted, and those are held until the end. None where the chunk needs too many columns.
+    counted, and those are held until the end.
     """
-    vocab, workspace = len(uniform), walk.workspace
-    mass = uniform.new_empty(vocab)
+    vocab, workspace = uniform.shape[1], walk.workspace
+    mass = torch.empty_like(uniform)
     threshold = (uniform * epsilon).square_()
-    held, found = [], []
+    held: list[tuple[slice, Tensor]] = []
+    found = [_Candidates([], [], *parts) for parts in zip(mass, uniform, strict=True)]
     count, refresh = 0, 0
 
-    def examine(tile: slice, exp: Tensor) -> tuple[Tensor, Tensor]:
-        torch.mv(exp, average, out=mass[tile])
-        squares = torch.mul(exp, exp, out=workspace("scratch", *exp.shape))
-        columns = (threshold[tile] < torch.mv(squares, weights)).nonzero().squeeze(-1)
-        return columns + tile.start, exp.index_select(0, columns)
+    def examine(tile: slice, exp: Tensor) -> int:
+        kept = 0
+        for k, group in enumerate(groups):
+            part = exp[:, group]
+            torch.mv(part, average[group], out=mass[k, tile])
+            squares = torch.mul(part, part, out=workspace("scratch", *part.shape))
+            columns = (threshold[k, tile] < torch.mv(squares, weights[k])).nonzero().squeeze(-1)
+            found[k].columns.append(columns + tile.start)
+            found[k].exp.append(part.index_select(0, columns))
+            kept += len(columns)
+        return kept
+
+    def group_weights() -> list[Tensor]:
+        rest, target = walk.rest, walk.target
+        return [token_weights(rest[group], target[group]).square_() for group in groups]
 
     for tile, exp in walk.tiles():
         if tile.start < HELD_SHARE * vocab:
@@ -443,15 +479,14 @@ def _candidates(walk: _Pass, epsilon: float, uniform: Tensor) -> tuple[Tensor, T
             continue
         if tile.start >= refresh:
             refresh = tile.start + vocab // 16
-            average, weights = 1 / walk.total, token_weights(walk.rest, walk.target).square_()
-        found.append(examine(tile, exp))
-        count += len(found[-1][0])
-        if count > MAX_KEPT * vocab:
+            average, weights = 1 / walk.total, group_weights()
+        count += examine(tile, exp)
+        if count > MAX_KEPT * vocab * len(groups):
             return None
-    average, weights = 1 / walk.total, token_weights(walk.rest, walk.target).square_()
-    columns, exps = zip(*[examine(*tile) for tile in held], *found, strict=True)
-    columns = torch.cat(columns)
-    return columns, torch.cat(exps, out=workspace("candidates", len(columns), len(average))), mass
+    average, weights = 1 / walk.total, group_weights()
+    for tile, exp in held:
+        examine(tile, exp)
+    return found
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -487,7 +522,7 @@ class _LinearLogprob(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, logsumexp, at_target, others, unscaled, *parts = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        head = _Head(weight, bias, *ctx.transform, logsumexp.dtype)
+        head = _Head(weight, bias, ctx.transform[0], ctx.transform[1], logsumexp.dtype)
         split = ctx.exact * len(_Exact._fields)
         exact, sampled = _unflatten(_Exact, parts[:split]), _unflatten(_Sampled, parts[split:])
         rows = (targets != ctx.ignore_index).nonzero().squeeze(-1)
@@ -498,12 +533,13 @@ class _LinearLogprob(torch.autograd.Function):
             dhidden = (unscaled * upstream[:, None]).to(hidden.dtype) if need_hidden else None
             dweight = dbias = None
             if need_weight:
-                # dW = Σ_t g_t (Σ_v∓…) h_tᵀ: the rank-1 tails of all sampled chunks in one product, then the columns.
-                dweight = weight.new_zeros(weight.shape, dtype=head.dtype)
+                # The rank-1 tails of all sampled chunks in one product, then what stands on single columns.
                 if sampled:
                     tails = torch.stack([part.tail for part in sampled], 1)
                     sums = [part.remainder @ _scale(hidden, -upstream, part.rows) for part in sampled]
-                    torch.mm(tails, torch.stack(sums), out=dweight)
+                    dweight = tails @ torch.stack(sums)
+                else:
+                    dweight = weight.new_zeros(weight.shape, dtype=head.dtype)
                 for chunk in rows.split(EXACT_CHUNK):
                     dweight.index_add_(0, targets[chunk], _scale(hidden, upstream * at_target, chunk))
             if need_bias:
@@ -572,7 +608,7 @@ def _exact_probs(
         yield from _Pass(head, inputs, targets[rows], (), logsumexp[rows], workspace).tiles()
 
 
-def _unflatten(kind: type, fields: list[Tensor | None]) -> list[Any]:
+def _unflatten(kind: type[_Exact] | type[_Sampled], fields: list[Any]) -> list[Any]:
     width = len(kind._fields)
     return [kind(*fields[start : start + width]) for start in range(0, len(fields), width)]
 

@@ -1,0 +1,285 @@
+"""The sampled gradient keeps its promise: its error, its expectation, its bits, and when it steps aside."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import relative_error
+from prefopt_fast.kernels import sparse_grad, torch_backend
+from torch import Tensor
+
+import prefopt_fast as pf
+
+N, V, H = 640, 8192, 64
+
+
+@pytest.fixture(autouse=True)
+def _small_groups(monkeypatch):
+    """Several walks, groups and tiles at the sizes of a test."""
+    monkeypatch.setattr(torch_backend, "SAMPLED_CHUNK", 256)
+    monkeypatch.setitem(torch_backend.TILE_ELEMENTS, "cpu", 1 << 17)
+
+
+def concentrated(confidence: Tensor, zipf: float = 1.3, noise: float = 1.0, hidden: int = H) -> tuple[Tensor, ...]:
+    """hidden, weight and targets with the softmax of a language model: Zipf's law, and one favourite per token.
+
+    The first unit vector carries the prior −zipf · log rank; ``confidence`` (N,) is the favourite's logit above it.
+    Targets are drawn from the model itself.
+    """
+    n = len(confidence)
+    weight = torch.randn(V, hidden)
+    weight[:, 0] = -zipf * torch.arange(2.0, V + 2).log()
+    states = torch.randn(n, hidden) * (noise / hidden**0.5)
+    favourite = (torch.rand(n) * math.log(V)).exp().long().clamp(max=V - 1)
+    direction = weight[favourite]
+    direction[:, 0] = 0
+    states += confidence[:, None] * direction / direction.square().sum(1, keepdim=True)
+    states[:, 0] = 1.0
+    return states, weight, torch.multinomial((states @ weight.T).softmax(-1), 1).squeeze(1)
+
+
+def text_like() -> tuple[Tensor, ...]:
+    return concentrated(torch.rand(N) * 12 + 2)
+
+
+def mixture() -> tuple[Tensor, ...]:
+    """Nine tokens in ten are certain; the others are as flat as Zipf's law leaves them."""
+    return concentrated(torch.where(torch.rand(N) < 0.9, 30.0, 0.0))
+
+
+def flat() -> tuple[Tensor, ...]:
+    return torch.randn(N, H) / H**0.5, torch.randn(V, H) * 0.3, torch.randint(0, V, (N,))
+
+
+def peaked() -> tuple[Tensor, ...]:
+    return concentrated(torch.full((N,), 25.0))
+
+
+INPUTS = {"text": text_like, "flat": flat, "peaked": peaked, "mixture": mixture}
+
+
+def gradients(
+    function, hidden: Tensor, weight: Tensor, targets: Tensor, upstream: Tensor, bias: Tensor | None = None, **options
+) -> tuple[pf.TokenStats, dict[str, Tensor]]:
+    head_options = {name: options.pop(name) for name in ("softcap", "logit_scale") if name in options}
+    leaves = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
+    leaves = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
+    head = pf.LMHead(leaves["weight"], bias=leaves.get("bias"), **head_options)
+    stats = function(leaves["hidden"], head, targets, **options)
+    grads = torch.autograd.grad((stats.logprobs * upstream).sum(), list(leaves.values()))
+    return stats, dict(zip(leaves, grads, strict=True))
+
+
+def fast(*operands, **options):
+    return gradients(pf.token_logprobs, *operands, backend="torch", **options)
+
+
+def truth(*operands, **options):
+    return gradients(pf.reference.token_logprobs, *operands, **options)[1]
+
+
+def worst_token(value: Tensor, exact: Tensor) -> float:
+    """Largest error of a token relative to its gradient's norm, which counts as at least a tenth of the rms."""
+    size = exact.double().norm(dim=1)
+    return float(
+        ((value.double() - exact.double()).norm(dim=1) / size.clamp(min=0.1 * size.square().mean().sqrt())).max()
+    )
+
+
+@pytest.mark.parametrize("upstream", ["equal", "random"])
+@pytest.mark.parametrize(
+    "source, options",
+    [
+        ("text", {}),
+        ("text", {"softcap": 10.0}),
+        ("text", {"logit_scale": 0.5}),
+        ("text", {"bias": True}),
+        ("flat", {}),
+        ("peaked", {}),
+        ("mixture", {}),
+    ],
+    ids=["text", "softcap", "scaled", "biased", "flat", "peaked", "mixture"],
+)
+@pytest.mark.parametrize("tolerance", [2.0**-4, 2.0**-7], ids=["loose", "tight"])
+def test_error_stays_within_the_tolerance(source, options, tolerance, upstream):
+    operands = INPUTS[source]()
+    factor = torch.ones(N) if upstream == "equal" else torch.randn(N)
+    extra = {"bias": torch.randn(V) * 0.5} if options.get("bias") else options
+    stats, ours = fast(*operands, factor, grad_tolerance=tolerance, **extra)
+    exact = truth(*operands, factor, **extra)
+    for name, grad in exact.items():
+        assert relative_error(ours[name], grad) <= tolerance, (name, stats.grad_report)
+    assert worst_token(ours["hidden"] / factor[:, None], exact["hidden"] / factor[:, None]) <= 6 * tolerance
+    assert stats.grad_report.estimated_error <= tolerance
+    if source in ("text", "mixture") and not extra and tolerance > 0.05:
+        assert stats.grad_report.columns_kept < 0.3, stats.grad_report
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sixteen_bits(dtype):
+    """With "auto" the whole error, rounding of the result included, stays within two roundings."""
+    hidden, weight, targets = (x.to(dtype) if x.is_floating_point() else x for x in text_like())
+    upstream = torch.randn(N)
+    _, ours = fast(hidden, weight, targets, upstream)
+    exact = truth(hidden, weight, targets, upstream)
+    for name, grad in ours.items():
+        assert grad.dtype == dtype
+        assert relative_error(grad, exact[name]) <= torch.finfo(dtype).eps, name
+
+
+def test_without_compensation_it_fails(monkeypatch):
+    """Drop the rank-1 tail and its remainder: what is left breaks the tolerance by far."""
+    operands, upstream, tolerance = text_like(), torch.ones(N), 2.0**-5
+    exact = truth(*operands, upstream)
+
+    def uncompensated(sample, probs, total):
+        return probs, torch.zeros_like(total)
+
+    monkeypatch.setattr(torch_backend, "coefficients", uncompensated)
+    _, ours = fast(*operands, upstream, grad_tolerance=tolerance)
+    assert relative_error(ours["hidden"], exact["hidden"]) > 2 * tolerance
+    assert relative_error(ours["weight"], exact["weight"]) > 2 * tolerance
+
+
+def test_expectation_is_the_exact_gradient():
+    """The mean of n draws is √n times nearer to the truth: a bias would show as a floor."""
+    operands, upstream, tolerance = text_like(), torch.randn(N), 2.0**-4
+    exact = truth(*operands, upstream)
+    draws = [fast(*operands, upstream, grad_tolerance=tolerance, seed=seed)[1] for seed in range(25)]
+    for name, grad in exact.items():
+        single = math.sqrt(sum(relative_error(draw[name], grad) ** 2 for draw in draws) / len(draws))
+        mean = relative_error(sum(draw[name].double() for draw in draws) / len(draws), grad)
+        assert mean < 1.35 * single / math.sqrt(len(draws)), (name, single, mean)
+
+
+def test_a_seed_gives_the_same_bits():
+    operands, upstream = text_like(), torch.randn(N)
+    first, again, other = (fast(*operands, upstream, grad_tolerance=2.0**-5, seed=seed)[1] for seed in (3, 3, 4))
+    for name, grad in first.items():
+        assert torch.equal(grad, again[name])
+        assert not torch.equal(grad, other[name])
+    state = torch.get_rng_state()
+    fast(*operands, upstream, grad_tolerance=2.0**-5)
+    assert torch.equal(state, torch.get_rng_state()), "the caller's generator was used"
+
+
+def test_statistics_are_exact_whatever_the_tolerance():
+    hidden, weight, targets = text_like()
+    head = pf.LMHead(weight, softcap=20.0)
+    hidden.requires_grad_()
+    ours = pf.token_logprobs(hidden, head, targets, stats=pf.STATS, grad_tolerance=2.0**-4, backend="torch")
+    exact = pf.reference.token_logprobs(hidden, head, targets, stats=pf.STATS)
+    for name in ("logprobs", *pf.STATS):
+        if name == "is_top1":
+            assert torch.equal(ours.is_top1, exact.is_top1)
+        else:
+            assert relative_error(getattr(ours, name), getattr(exact, name)) < 1e-5, name
+
+
+def test_a_flat_softmax_over_few_words_runs_dense():
+    hidden, weight, targets = torch.randn(N, H), torch.randn(60, H) * 0.01, torch.randint(0, 60, (N,))
+    upstream = torch.randn(N)
+    stats, ours = fast(hidden, weight, targets, upstream, grad_tolerance=2.0**-10)
+    report = stats.grad_report
+    assert report.dense_chunks == report.chunks and report.columns_kept == 1.0
+    for name, grad in truth(hidden, weight, targets, upstream).items():
+        assert relative_error(ours[name], grad) < 1e-5
+
+
+def test_dense_chunks_are_soon_not_tried():
+    """After failures in a row, walks that would be thrown away become rare."""
+    steering = sparse_grad.Steering(2.0**-8)
+    tried = 0
+    for _ in range(200):
+        if not steering.wants_dense():
+            tried += 1
+            steering.record_dense(1)
+    assert steering.dense_chunks == steering.chunks == 200
+    assert tried <= 9
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 1 << 30], ids=["recomputed", "kept"])
+@pytest.mark.parametrize("wanted", ["hidden", "weight", "bias", "weight bias", "hidden bias"])
+@pytest.mark.parametrize("softcap", [None, 15.0])
+def test_each_gradient_alone(wanted, kept_bytes, softcap, monkeypatch):
+    """A gradient is within its tolerance whichever others are asked for, kept coefficients or not."""
+    monkeypatch.setattr(torch_backend, "SAMPLE_BYTES", kept_bytes)
+    hidden, weight, targets = text_like()
+    targets[::7] = -100
+    tensors = {"hidden": hidden, "weight": weight, "bias": torch.randn(V) * 0.1}
+    upstream, tolerance = torch.randn(N), 2.0**-5
+    exact = truth(hidden, weight, targets, upstream, bias=tensors["bias"], softcap=softcap)
+    for name, tensor in tensors.items():
+        tensor.requires_grad_(name in wanted)
+    head = pf.LMHead(weight, bias=tensors["bias"], softcap=softcap)
+    stats = pf.token_logprobs(hidden, head, targets, grad_tolerance=tolerance, backend="torch")
+    (stats.logprobs * upstream).sum().backward()
+    for name, tensor in tensors.items():
+        assert (tensor.grad is not None) == (name in wanted)
+        if name in wanted:
+            assert relative_error(tensor.grad, exact[name]) <= tolerance, name
+    if "hidden" in wanted:
+        assert not hidden.grad[::7].any()
+
+
+def test_a_pair_of_tolerances():
+    operands, upstream = text_like(), torch.ones(N)
+    exact = truth(*operands, upstream)
+    for pair in ((2.0**-4, 2.0**-7), (2.0**-7, 2.0**-4)):
+        _, ours = fast(*operands, upstream, grad_tolerance=pair)
+        for (name, grad), tolerance in zip(exact.items(), pair, strict=True):
+            assert relative_error(ours[name], grad) <= tolerance, (name, pair)
+    stats, ours = fast(*operands, upstream, grad_tolerance=(2.0**-4, 0.0))
+    assert stats.grad_report is None, "where one must be exact, both are"
+    assert relative_error(ours["weight"], exact["weight"]) < 1e-5
+
+
+def test_logits_far_above_the_target_run_dense():
+    """The target's logit is the shift of exp; logits 200 above it overflow, and are computed from their maximum."""
+    hidden, weight, targets = text_like()
+    weight[5] += 400 * torch.nn.functional.one_hot(torch.tensor(0), H)
+    stats, ours = fast(hidden, weight, targets, torch.ones(N), grad_tolerance=2.0**-5)
+    exact = truth(hidden, weight, targets, torch.ones(N))
+    assert stats.logprobs.isfinite().all()
+    for name, grad in exact.items():
+        assert relative_error(ours[name], grad) < 2.0**-5
+
+
+@pytest.mark.parametrize("epsilon", [0.1, 1.0, 30.0])
+def test_select_columns(epsilon):
+    score, uniform, targets = torch.rand(5000) ** 4, torch.rand(5000), torch.tensor([3, 4998, 3])
+    columns, keep = sparse_grad.select_columns(score, targets, epsilon, uniform)
+    assert columns.dtype == torch.int64 and (columns.diff() > 0).all()
+    probability = (score / epsilon).clamp(max=1).index_fill(0, targets, 1.0)
+    assert torch.equal(keep, probability[columns])
+    assert set(targets.tolist()) <= set(columns.tolist())
+    # The 1/keep-weighted sum of anything is right in expectation.
+    value = score * torch.rand(5000)
+    draws = []
+    for _ in range(400):
+        columns, keep = sparse_grad.select_columns(score, None, epsilon, torch.rand(5000))
+        draws.append((value[columns] / keep).sum())
+    draws = torch.stack(draws)
+    assert abs(draws.mean() - value.sum()) <= 4 * draws.std() / 20 + 1e-3
+
+
+def test_real_text(real_model):
+    """The figures of the promise on hidden states of a real model, head trainable."""
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(real_model, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(real_model)
+    text = (pf.losses.__doc__ or "") + " ".join(filter(None, (getattr(pf, name).__doc__ for name in pf.__all__)))
+    tokens = torch.tensor([tokenizer(text).input_ids[:600]])
+    with torch.no_grad():
+        hidden = model.model(tokens).last_hidden_state[0, :-1]
+    weight, targets = model.lm_head.weight.detach(), tokens[0, 1:]
+    upstream = torch.ones(len(targets))
+    _, exact = fast(hidden, weight, targets, upstream, grad_tolerance=0.0)
+    for tolerance in (2.0**-6, 2.0**-8):
+        stats, ours = fast(hidden, weight, targets, upstream, grad_tolerance=tolerance)
+        for name, grad in exact.items():
+            assert relative_error(ours[name], grad) <= tolerance, (name, stats.grad_report)
+        assert worst_token(ours["hidden"], exact["hidden"]) <= 6 * tolerance
+        assert stats.grad_report.columns_kept < 0.2

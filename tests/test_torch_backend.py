@@ -1,0 +1,239 @@
+"""The torch path against float64: dtypes, chunk borders, extreme logits, memory, and life inside autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import assert_as_good_as_plain, make_problem, plain_stats, relative_error
+from prefopt_fast.kernels import torch_backend
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
+
+import prefopt_fast as pf
+
+
+def logprobs(hidden, head, targets, grad_tolerance=0.0, **options):
+    return pf.token_logprobs(hidden, head, targets, grad_tolerance=grad_tolerance, backend="torch", **options)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Chunk and tile borders at the sizes of a test."""
+    for name in ("EXACT_CHUNK", "SAMPLED_CHUNK", "SAMPLED_GROUP", "FIRST_CHUNK"):
+        monkeypatch.setattr(torch_backend, name, 16)
+    monkeypatch.setitem(torch_backend.TILE_ELEMENTS, "cpu", 1024)
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 50])
+@pytest.mark.parametrize("vocab", [64, 65, 300])
+def test_chunk_and_tile_borders(n, vocab, small_chunks):
+    hidden, weight, targets = make_problem(n, vocab, 12)
+    targets[0] = vocab - 1
+    hidden.requires_grad_(), weight.requires_grad_()
+    ours, plain, truth = (
+        (lambda stats: [stats["logprobs"], *torch.autograd.grad(stats["logprobs"].sum(), (hidden, weight))])(stats)
+        for stats in (
+            vars(logprobs(hidden, pf.LMHead(weight), targets)),
+            plain_stats(hidden, pf.LMHead(weight), targets),
+            vars(pf.reference.token_logprobs(hidden, pf.LMHead(weight), targets)),
+        )
+    )
+    for values in zip(ours, plain, truth, strict=True):
+        assert_as_good_as_plain(*values, factor=3.0)
+
+
+@pytest.mark.parametrize("probs_bytes", [0, 40_000, 1 << 30], ids=["recomputed", "both", "kept"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("softcap", [None, 6.0])
+def test_exact_gradients(dtype, softcap, probs_bytes, small_chunks, monkeypatch):
+    monkeypatch.setattr(torch_backend, "PROBS_BYTES", probs_bytes)
+    hidden, weight, targets = make_problem(45, 200, 24, dtype)
+    bias = torch.randn(200, dtype=dtype)
+    targets[::4] = -100
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+    head = pf.LMHead(weight, bias=bias, softcap=softcap, logit_scale=0.5)
+    upstream = torch.randn(45)
+    ours, plain, truth = (
+        torch.autograd.grad((values * upstream).sum(), leaves)
+        for values in (
+            logprobs(hidden, head, targets).logprobs,
+            plain_stats(hidden, head, targets)["logprobs"],
+            pf.reference.token_logprobs(hidden, head, targets).logprobs,
+        )
+    )
+    for name, *grads in zip(("hidden", "weight", "bias"), ours, plain, truth, strict=True):
+        if dtype == torch.float64:  # plain torch is the truth itself there
+            assert relative_error(grads[0], grads[2]) < 1e-14, name
+        else:
+            assert_as_good_as_plain(*grads, name=name)
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 2.0**-6])
+def test_gradcheck(tolerance):
+    """In float64 against finite differences; a vocabulary this small is computed exactly at any tolerance."""
+    hidden, weight, targets = make_problem(5, 11, 4, torch.float64, scale=1.0)
+    bias = torch.randn(11, dtype=torch.float64)
+    targets[2] = -100
+    leaves = tuple(x.requires_grad_() for x in (hidden, weight, bias))
+
+    def function(hidden, weight, bias):
+        head = pf.LMHead(weight, bias=bias, softcap=5.0, logit_scale=0.7)
+        return logprobs(hidden, head, targets, grad_tolerance=tolerance).logprobs
+
+    torch.autograd.gradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 2.0**-6])
+def test_nothing_to_score(tolerance):
+    for n in (0, 5):
+        hidden, weight, _ = make_problem(n, 40, 8)
+        stats = logprobs(hidden.requires_grad_(), pf.LMHead(weight.requires_grad_()), torch.full((n,), -100), tolerance)
+        stats.logprobs.sum().backward()
+        assert not stats.logprobs.any() and not hidden.grad.any() and not weight.grad.any()
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e3, 1e5])
+@pytest.mark.parametrize("tolerance", [0.0, 2.0**-6])
+def test_huge_and_tiny_logits(scale, tolerance):
+    """exp is shifted by the target's logit, which huge logits exceed by more than it can hold."""
+    hidden, weight, targets = make_problem(40, 500, 16, scale=scale)
+    hidden.requires_grad_()
+    ours = logprobs(hidden, pf.LMHead(weight), targets, tolerance, stats=pf.STATS)
+    truth = pf.reference.token_logprobs(hidden, pf.LMHead(weight), targets, stats=pf.STATS)
+    plain = plain_stats(hidden, pf.LMHead(weight), targets)
+    for name in plain:
+        value, exact = getattr(ours, name), getattr(truth, name)
+        # Nearly all of the truth may be 0 to the last digit, as entropy is here: then absolute errors count.
+        if not torch.allclose(value.double(), exact, rtol=0, atol=1e-5):
+            assert_as_good_as_plain(value, plain[name], exact, factor=4.0, name=name)
+    assert torch.equal(ours.is_top1, truth.is_top1)
+    values = ours.logprobs, plain["logprobs"], truth.logprobs
+    grads = [torch.autograd.grad(value.sum(), hidden)[0] for value in values]
+    if tolerance:
+        assert relative_error(grads[0], grads[2]) <= max(tolerance, 2 * relative_error(grads[1], grads[2]))
+    else:
+        assert_as_good_as_plain(*grads, factor=3.0)
+
+
+def test_probability_of_the_target_near_one():
+    """1 − p_y keeps its digits: 1e-11 is right to 1e-4, where 1 − exp(log p) is 0 or 6e-8."""
+    vocab, size = 50, 8
+    weight = torch.randn(vocab, size)
+    weight[:, 0] = 0
+    weight[7, 0] = 1
+    hidden = torch.randn(6, size) * 0.1
+    hidden[:, 0] = torch.tensor([5.0, 10.0, 15.0, 20.0, 25.0, 30.0])  # beyond, float64 itself fails
+    targets = torch.full((6,), 7)
+    hidden.requires_grad_()
+    ours = logprobs(hidden, pf.LMHead(weight), targets).logprobs
+    truth = pf.reference.token_logprobs(hidden, pf.LMHead(weight), targets).logprobs
+    assert (ours <= 0).all()
+    assert ((ours - truth).abs() <= 1e-4 * truth.abs()).all()
+    ours, truth = (torch.autograd.grad(x.sum(), hidden)[0] for x in (ours, truth))
+    assert ((ours - truth).norm(dim=1) <= 1e-4 * truth.norm(dim=1)).all()
+
+
+def test_no_grad_does_no_gradient_work():
+    hidden, weight, targets = make_problem(300, 4096, 32)
+    hidden.requires_grad_()
+    with torch.no_grad():
+        stats, peak, _ = peak_bytes(lambda: logprobs(hidden, pf.LMHead(weight), targets, 2.0**-6))
+    assert not stats.logprobs.requires_grad
+    assert peak < 8 << 20
+    assert torch.equal(stats.logprobs, logprobs(hidden.detach(), pf.LMHead(weight), targets).logprobs)
+
+
+def test_autocast():
+    hidden, weight, targets = make_problem(20, 90, 16)
+    hidden.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = logprobs(hidden, pf.LMHead(weight), targets).logprobs
+    rounded = hidden.detach().bfloat16().float().requires_grad_()
+    theirs = logprobs(rounded, pf.LMHead(weight.bfloat16().float()), targets).logprobs
+    assert ours.dtype == torch.float32
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    ours, theirs = torch.autograd.grad(ours.sum(), hidden)[0], torch.autograd.grad(theirs.sum(), rounded)[0]
+    assert relative_error(ours, theirs) < 2.0**-8
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 2.0**-5])
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing(tolerance, use_reentrant):
+    """The forward that is run again draws the same columns: the gradients have the same bits."""
+    hidden, weight, targets = make_problem(200, 3000, 16)
+    hidden.requires_grad_(), weight.requires_grad_()
+
+    def loss(hidden):
+        return logprobs(hidden * 1.5, pf.LMHead(weight), targets, grad_tolerance=tolerance).logprobs.sum()
+
+    direct = torch.autograd.grad(loss(hidden), (hidden, weight))
+    checkpoint(loss, hidden, use_reentrant=use_reentrant).backward()
+    assert torch.equal(hidden.grad, direct[0])
+    assert torch.equal(weight.grad, direct[1])
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 2.0**-5])
+def test_backward_twice(tolerance):
+    hidden, weight, targets = make_problem(100, 2000, 16)
+    hidden.requires_grad_(), weight.requires_grad_()
+    total = logprobs(hidden, pf.LMHead(weight), targets, grad_tolerance=tolerance).logprobs.sum()
+    first = torch.autograd.grad(total, (hidden, weight), retain_graph=True)
+    again = torch.autograd.grad(total, (hidden, weight))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(total, hidden)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_inside_a_compiled_model():
+    hidden, weight, targets = make_problem(30, 80, 8)
+    layer = torch.nn.Linear(8, 8)
+
+    def model(hidden):
+        return logprobs(layer(hidden).tanh(), pf.LMHead(weight), targets, stats=("entropy",)).logprobs.sum() * 2
+
+    plain = model(hidden)
+    compiled = torch.compile(model, backend="aot_eager")(hidden)
+    assert torch.allclose(plain, compiled)
+    expected = torch.autograd.grad(plain, layer.weight)[0]
+    assert torch.allclose(torch.autograd.grad(compiled, layer.weight)[0], expected, rtol=1e-5)
+
+
+def peak_bytes(function):
+    """Result, largest sum of bytes allocated during the call, and what is still allocated after it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        result = function()
+    events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return result, peak, now
+
+
+def test_memory_is_flat(monkeypatch):
+    """Above inputs and gradients: far below the logits, and beyond the budget a few hidden states' worth per token."""
+    vocab, size = 16384, 32
+    monkeypatch.setattr(torch_backend, "SAMPLE_BYTES", 1 << 20)
+    weight = torch.randn(vocab, size, requires_grad=True)
+    weight.data[:, 0] = -1.3 * torch.arange(2.0, vocab + 2).log()
+    used = {}
+    for n in (1024, 3072):
+        hidden = torch.randn(n, size) / size**0.5
+        hidden[:, 0] = 1
+        hidden.requires_grad_()
+        targets = torch.multinomial((hidden @ weight.T).softmax(-1).detach(), 1).squeeze(1)
+        stats, forward, held = peak_bytes(lambda: logprobs(hidden, pf.LMHead(weight), targets, 2.0**-6))  # noqa: B023
+        grads, backward, _ = peak_bytes(lambda: torch.autograd.grad(stats.logprobs.sum(), (hidden, weight)))  # noqa: B023
+        used[n] = max(forward, held + backward - sum(grad.nbytes for grad in grads))
+        assert stats.grad_report.dense_chunks == 0
+    assert used[3072] < 0.15 * 3072 * vocab * 4, used
+    assert used[3072] - used[1024] < 0.03 * 2048 * vocab * 4, used
+
+
+def test_exact_memory_is_bounded(monkeypatch):
+    monkeypatch.setattr(torch_backend, "PROBS_BYTES", 1 << 20)
+    hidden, weight, targets = make_problem(2048, 8192, 16)
+    hidden.requires_grad_(), weight.requires_grad_()
+    _, peak, _ = peak_bytes(lambda: logprobs(hidden, pf.LMHead(weight), targets).logprobs.sum().backward())
+    assert peak < 0.15 * 2048 * 8192 * 4
