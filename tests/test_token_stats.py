@@ -56,7 +56,8 @@ def test_statistics_and_gradients(dtype, options):
     truth = pf.reference.token_logprobs(hidden, head, targets, stats=pf.STATS)
     plain = plain_stats(hidden, head, targets)
     for name in plain:
-        assert_as_good_as_plain(getattr(ours, name), plain[name], getattr(truth, name), name=name)
+        factor = 4.0 if dtype == torch.float64 else 2.0  # plain torch is the truth itself in float64
+        assert_as_good_as_plain(getattr(ours, name), plain[name], getattr(truth, name), factor, name=name)
     assert torch.equal(ours.mask, targets != -100)
     assert ours.logprobs.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert (ours.logprobs[~ours.mask] == 0).all() and (ours.logprobs <= 0).all()
