@@ -113,19 +113,18 @@ def coefficients(
 
 
 def sampling_variance(
-    sample: Sample,
+    keep: Tensor,  # (S,)
     squares: Tensor,  # (S, C), of the coefficients
     rows: Tensor,  # (S, H), W[columns]
-) -> tuple[Tensor, Tensor]:
-    """(C,) expected squared error of each token's sampled gradient, and (H,) μ, both estimated from the drawn columns.
+    mean: Tensor,  # (H,), μ or an estimate of it
+) -> Tensor:
+    """(C,) what these columns add to the expected squared error of each token's sampled gradient.
 
     With b_v ~ Bernoulli(π_v), Var Σ_v (b_v / π_v) a_v x_v = Σ_v (1 − π_v) / π_v · a_v² ‖x_v‖², for which stands
-    Σ_{v drawn} (1 − π_v) (a_v / π_v)² ‖x_v‖², here with x_v = W_v − μ and μ estimated from the same columns.
+    Σ_{v drawn} (1 − π_v) (a_v / π_v)² ‖x_v‖², here with x_v = W_v − μ.
     """
-    parts = sample.tail[sample.columns] / sample.keep
-    centre = (parts @ rows) / parts.sum().clamp_(min=torch.finfo(parts.dtype).tiny)
-    distance = torch.linalg.vector_norm(rows, dim=1).square_() - 2 * (rows @ centre) + centre @ centre
-    return (distance.clamp_(min=0) * (1 - sample.keep)) @ squares, centre
+    distance = torch.linalg.vector_norm(rows, dim=1).square_() - 2 * (rows @ mean) + mean @ mean
+    return (distance.clamp_(min=0) * (1 - keep)) @ squares
 
 
 def coherent_variance(
@@ -156,7 +155,7 @@ class Steering:
         return self.level * tokens**0.5
 
     def wants_dense(self) -> bool:
-        """Whether the next walk should not even be tried: after the n-th failure in a row the next 2ⁿ − 1 are not."""
+        """Whether the next walk should not even be tried: after failures in a row the next 3, 9, 21, … are not."""
         self.skip -= 1
         if self.skip < 0:
             return False
@@ -168,7 +167,7 @@ class Steering:
         """That many chunks need too many columns."""
         self.chunks += chunks
         self.dense_chunks += chunks
-        self.patience = min(2 * self.patience + 1, 63)
+        self.patience = min(2 * self.patience + 3, 63)
         self.skip = self.patience
 
     def ratio(self, gradient: int, error: Tensor, size: Tensor, failing: Tensor, tolerance: float) -> float:

@@ -49,6 +49,7 @@ SAMPLED_GROUP = 128  # tokens that share columns: fewer need fewer columns, more
 FIRST_CHUNK = 64  # tokens: what it teaches about ε should not cost much
 PROBS_BYTES = 512 << 20  # of exact probabilities kept for the backward; beyond it they are recomputed
 SAMPLE_BYTES = 24 << 20  # of sampled coefficients kept for the backward; beyond it they are recomputed
+GATHER_ROWS = 2048  # of the weight, gathered at a time
 UPCAST_ROWS = 4096  # of a 16-bit weight at a time
 HALF_TOLERANCE = 2.0**-9  # from here on coefficients are kept in fp16: their rounding is 2⁻¹² beside it
 HELD_SHARE = 1 / 16  # of the vocabulary whose selection waits for the whole sums
@@ -411,9 +412,15 @@ class _Forward:
                 COHERENT * coherent / max(self.tolerances[1] ** 2 * float(size.sum()), TINY),
             )
         if self.unscaled is not None:
-            weight = head.gather(columns, self.workspace("rows", len(columns), hidden.shape[1]))
-            unscaled = torch.addmm(head.rows(targets).mul_(at_target[:, None]), coefs.T, weight, alpha=-1)
-            error, mean = sampling_variance(sample, squares, weight)
+            unscaled = head.rows(targets).mul_(at_target[:, None])
+            share = sample.tail[columns] / keep
+            sums, error = share.new_zeros(hidden.shape[1]), torch.zeros_like(total)
+            for block in (slice(start, start + GATHER_ROWS) for start in range(0, len(columns), GATHER_ROWS)):
+                weight = head.gather(columns[block], self.workspace("rows", len(columns[block]), hidden.shape[1]))
+                unscaled.addmm_(coefs[block].T, weight, alpha=-1)
+                sums += share[block] @ weight
+                mean = sums / share[: block.stop].sum().clamp(min=TINY)  # μ, estimated from the draw
+                error += sampling_variance(keep[block], squares[block], weight, mean)
             size = torch.addr(unscaled, remainder, mean, alpha=-1).square_().sum(1)
             failing |= failing_tokens(error, size, self.tolerances[0])
             ratio = max(ratio, steering.ratio(DHIDDEN, error, size, failing, self.tolerances[0]))
@@ -481,7 +488,8 @@ def _candidates(walk: _Pass, groups: list[slice], epsilon: float, uniform: Tenso
             refresh = tile.start + vocab // 16
             average, weights = 1 / walk.total, group_weights()
         count += examine(tile, exp)
-        if count > MAX_KEPT * vocab * len(groups):
+        seen = tile.stop - held[-1][0].stop
+        if count > MAX_KEPT * vocab * len(groups) or (tile.stop > vocab // 4 and count > 0.9 * seen * len(groups)):
             return None
     average, weights = 1 / walk.total, group_weights()
     for tile, exp in held:
