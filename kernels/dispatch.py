@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -10,6 +11,8 @@ from torch import Tensor
 
 STATS = ("log_sum_sq_probs", "max_logprob", "entropy", "mean_logit", "is_top1", "logsumexp")
 BACKENDS = ("auto", "torch", "triton", "reference")
+TRITON_DEVICES = ("cuda", "xpu")
+HAS_TRITON = find_spec("triton") is not None
 
 
 class Options(NamedTuple):
@@ -50,21 +53,17 @@ def linear_logprob(
     return implementation(hidden, weight, bias, targets, transform, stats, options)
 
 
-@torch.compiler.assume_constant_result  # so torch.compile need not trace how modules are found
 def resolve_backend(backend: str, device: torch.device) -> str:
     """Name of the backend that runs on ``device``; raises ValueError or RuntimeError where ``backend`` cannot."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; found {backend!r}")
     if backend == "auto":
-        return "triton" if device.type in ("cuda", "xpu") and find_spec("triton") else "torch"
-    if backend == "triton":
-        if not find_spec("triton"):
-            raise RuntimeError('backend="triton" needs the triton package, which is not installed')
-        import triton
-
-        if device.type not in ("cuda", "xpu") and not triton.knobs.runtime.interpret:
-            raise RuntimeError(
-                f'backend="triton" runs on CUDA, ROCm and XPU devices, found tensors on {device}; '
-                "set TRITON_INTERPRET=1 before the start to run the kernels in Triton's interpreter"
-            )
+        return "triton" if device.type in TRITON_DEVICES and HAS_TRITON else "torch"
+    if backend == "triton" and not HAS_TRITON:
+        raise RuntimeError('backend="triton" needs the triton package, which is not installed')
+    if backend == "triton" and device.type not in TRITON_DEVICES and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError(
+            f'backend="triton" runs on CUDA, ROCm and XPU devices, found tensors on {device}; '
+            "set TRITON_INTERPRET=1 before the start to run the kernels in Triton's interpreter"
+        )
     return backend
