@@ -313,7 +313,8 @@ class Goal(NamedTuple):
 def goals(results: Mapping[str, Any]) -> list[Goal]:
     fast, exact = list(results["peers"])[:2]
     ours, our_exact = peer_figures(results, fast), peer_figures(results, exact)
-    hidden = {key: results["inputs"][results["sections"][key][0]["inputs"]]["hidden"] for key in ("main", "wide")}
+    cases = {key: results["sections"].get(key) for key in ("main", "wide")}
+    hidden = {key: results["inputs"][case[0]["inputs"]]["hidden"] if case else "?" for key, case in cases.items()}
     memory, long = (results["plan"][f"{key}_tokens"] for key in ("memory", "long"))
     before, after = (rows_of(results, "tokens", tokens).get(fast) for tokens in (memory, long))
     growth = after.extra_bytes / before.extra_bytes if before and after and before.extra_bytes else None
@@ -403,6 +404,8 @@ def _peers_table(results: Mapping[str, Any]) -> str:
 
 
 def _case_line(results: Mapping[str, Any], section: str) -> str:
+    if section not in results["sections"]:
+        return "not measured."  # a run that was cut off
     case = results["sections"][section][0]
     found = results["inputs"][case["inputs"]]
     return (
