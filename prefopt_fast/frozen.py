@@ -17,7 +17,7 @@ from torch import Tensor
 from .batch import ResponseBatch
 from .config import TrainConfig
 from .policy import load_model
-from .scoring import LogprobStore, StoreKey, data_digest, model_digest, score
+from .scoring import LogprobStore, StoreKey, data_digest, model_digest, require_key, score
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -49,19 +49,19 @@ class FrozenLogprobs:
         return torch.cat(values)
 
 
-def stored(path: str, key: StoreKey, name: str) -> FrozenLogprobs:
+def stored(store: LogprobStore, key: StoreKey, name: str) -> FrozenLogprobs:
     """The store that the user gave for the frozen model ``name``; ``key`` is what it must have, but for its model.
 
     Raises:
-        FileNotFoundError, ValueError: no store, or one that does not fit, saying in what.
+        ValueError: a store that does not fit, saying in what.
     """
-    found = LogprobStore.open(path).key
-    if found.tokenizer != key.tokenizer:
+    if store.key.tokenizer != key.tokenizer:
         raise ValueError(
-            f"{name}_logprobs {path} was scored on the tokens of another tokenizer: give {name}_model in place of the "
-            "store, with level sequence"
+            f"{name}_logprobs {store.path} was scored on the tokens of another tokenizer: give {name}_model in place "
+            "of the store, with level sequence"
         )
-    return FrozenLogprobs([LogprobStore.open(path, replace(key, model=found.model))])
+    require_key(store.path, asdict(store.key), replace(key, model=store.key.model))
+    return FrozenLogprobs([store])
 
 
 def scored(

@@ -108,7 +108,7 @@ class LogprobStore:
             raise FileNotFoundError(f"{path} holds no log-prob store")
         plan = json.loads((path / _STORE).read_text())
         if expected is not None:
-            _require_key(path, plan["key"], expected)
+            require_key(path, plan["key"], expected)
         for name, entry in plan["files"].items():
             file = path / name
             again = f"delete it (if there) and {_STORE}, and score again to make that part anew"
@@ -237,7 +237,7 @@ def _begin(out: Path, plan: dict[str, Any]) -> None:
     """Write the plan of a new store, or compare it with the plan of the store that is there."""
     if (out / _PLAN).is_file():
         there = json.loads((out / _PLAN).read_text())
-        _require_key(out, there["key"], StoreKey(**plan["key"]))
+        require_key(out, there["key"], StoreKey(**plan["key"]))
         if there != plan:
             raise ValueError(
                 f"{out} was begun with {there['settings']}, found {plan['settings']}: use the same, or another folder"
@@ -248,7 +248,8 @@ def _begin(out: Path, plan: dict[str, Any]) -> None:
     _write_atomically(out / _PLAN, _json_bytes(plan))
 
 
-def _require_key(path: Path, found: Mapping[str, Any], expected: StoreKey) -> None:
+def require_key(path: Path, found: Mapping[str, Any], expected: StoreKey) -> None:
+    """Raise ValueError where a store's key is not ``expected``, saying in what."""
     differing = [
         f"{name} (stored {_short(found.get(name))}, expected {_short(value)})"
         for name, value in asdict(expected).items()

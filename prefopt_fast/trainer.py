@@ -133,7 +133,7 @@ def train(config: TrainConfig) -> Path:
 
     pairs = _load_pairs(config, config.dataset, tokenizer, weak_tokenizer, responses, accelerator)
     key = StoreKey.of(config.model, tokenizer, pairs.encoded, config.max_length, config.truncation_side)
-    frozen = {name: stored(getattr(config, f"{name}_logprobs"), key, name) for name in stores}
+    frozen = {name: stored(store, key, name) for name, store in stores.items()}
     positions, held_out = _hold_out(config, len(pairs.encoded))
     eval_pairs = None
     if config.eval_dataset:
