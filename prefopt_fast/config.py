@@ -5,11 +5,10 @@ Names are TRL's and transformers' where the meaning is the same. Nothing heavy i
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from .losses import PAIRWISE_LOSSES, pairwise_loss
+from .losses import PAIRWISE_LOSSES, hyperparameter_names, loss_mixture, reference_free
 from .sequence_stats import ALIGNMENTS, alignment_stat
 
 OBJECTIVES = ("wpo", "wspo", "dpo", *PAIRWISE_LOSSES)  # "dpo" is sigmoid
@@ -83,8 +82,13 @@ class ObjectiveOptions:
 
     _argument_group_name = "objective"
 
-    objective: str = _required(f"One of {', '.join(OBJECTIVES)}.")
-    loss_type: str = _option("Pairwise loss that WPO weights.", "sigmoid")
+    objective: str = _required(
+        f"One of {', '.join(OBJECTIVES)}; or a sum of pairwise losses, 'sigmoid,bco_pair,sft', see loss_weights."
+    )
+    loss_type: str = _option("Pairwise loss that WPO weights, or a sum as 'sigmoid,sft'.", "sigmoid")
+    loss_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weights of a sum's losses, in their order (default: 1 each; MPO: 0.8 0.2 1)."}
+    )
     beta: float = _option("Strength of the implicit KL constraint (WPO's paper: 0.01).", 0.1)
     gamma: float | None = _option("WSPO: transfer strength (default 0.1). SimPO: target margin (default 0.5).")
     level: Literal["token", "sequence"] = _option(
@@ -92,9 +96,12 @@ class ObjectiveOptions:
     )
     alignment: str = _option(f"WPO: what makes a token on-policy; one of {', '.join(ALIGNMENTS)}.", "sampled")
     clamp: bool = _option("WPO: limit a pair's weight to 1 (its code does, TRL does not).", True)
-    label_smoothing: float | None = _option("sigmoid, robust, exo_pair: probability of a flipped preference.")
+    label_smoothing: float | None = _option(
+        "Probability of a flipped preference: sigmoid (cDPO), sigmoid_norm, simpo, cpo (default 0), robust (0.1), "
+        "exo_pair (0.001)."
+    )
     discopop_tau: float | None = _option("discopop: temperature τ (default 0.05).")
-    nll_weight: float | None = _option("cpo: weight of its NLL term (default 1).")
+    nll_weight: float | None = _option("cpo, orpo: weight of their NLL term (default 1).")
     sft_weight: float = _option("Adds this times the chosen response's NLL per token.", 0.0)
     ref_model: str | None = _option("Reference policy (default: the model that training starts from).")
     weak_aligned_model: str | None = _option("WSPO: the aligned weak model.")
@@ -179,12 +186,18 @@ class TrainConfig(ModelOptions, DataOptions, ObjectiveOptions, LoraOptions, Comp
         self._check_ranges()
 
     def _check_objective(self) -> None:
-        if self.objective not in OBJECTIVES:
+        names = self.objective.split(",")
+        if not set(names) <= set(OBJECTIVES):
             raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}; found {self.objective!r}")
+        if len(names) > 1 and (whole := [name for name in names if name in ("wpo", "wspo")]):
+            raise ValueError(
+                f"objective {self.objective} sums losses, and {whole[0]} is none of the pairwise ones: "
+                "WPO weights a sum that loss_type names, and sft_weight adds NLL to either"
+            )
         alignment_stat(self.alignment)
-        parameters: tuple[str, ...] = ("beta",) if self.objective == "wspo" else ()
+        parameters: tuple[str, ...] = ("beta", "loss_weights", "label_smoothing", "discopop_tau", "nll_weight")
         if self.objective != "wspo":
-            accepted = inspect.signature(pairwise_loss(self.pairwise_loss_type).function).parameters
+            accepted = hyperparameter_names(self.loss_mixture)
             parameters = tuple(option for option, name in _HYPERPARAMETERS.items() if name not in accepted)
         elsewhere = [option for option, objective in _SERVES_ONE.items() if objective != self.objective]
         defaults = {option.name: option.default for option in fields(self)}
@@ -204,9 +217,9 @@ class TrainConfig(ModelOptions, DataOptions, ObjectiveOptions, LoraOptions, Comp
                 )
             if self.objective == "wspo" and name != "ref" and not (model or store):
                 raise ValueError(f"objective wspo needs {name}_model or {name}_logprobs")
-        reference_free = self.objective != "wspo" and pairwise_loss(self.pairwise_loss_type).reference_free
-        if reference_free and (given := [name for name in ("ref_model", "ref_logprobs") if getattr(self, name)]):
-            raise ValueError(f"{self.pairwise_loss_type} is reference-free: leave out {', '.join(given)}")
+        without = self.objective != "wspo" and reference_free(self.loss_mixture)
+        if without and (given := [name for name in ("ref_model", "ref_logprobs") if getattr(self, name)]):
+            raise ValueError(f"{' + '.join(self.loss_mixture)} is reference-free: leave out {', '.join(given)}")
 
     def _check_ranges(self) -> None:
         at_least = {
@@ -244,9 +257,17 @@ class TrainConfig(ModelOptions, DataOptions, ObjectiveOptions, LoraOptions, Comp
         self.head_tolerance  # noqa: B018 - raises where it is no tolerance
 
     @property
-    def pairwise_loss_type(self) -> str:
-        """The member of ``PAIRWISE_LOSSES`` that is trained, or that WPO weights."""
-        return {"wpo": self.loss_type, "dpo": "sigmoid"}.get(self.objective, self.objective)
+    def loss_mixture(self) -> dict[str, float]:
+        """The pairwise losses that are trained, or that WPO weights, with their weights: see preference_loss."""
+        option = "loss_type" if self.objective == "wpo" else "objective"
+        names = ["sigmoid" if name == "dpo" else name for name in getattr(self, option).split(",")]
+        weights = [1.0] * len(names) if self.loss_weights is None else self.loss_weights
+        if len(weights) != len(names) or len(set(names)) < len(names):
+            raise ValueError(
+                f"{option} must name different losses, and loss_weights hold one weight for each; "
+                f"found {getattr(self, option)} and {self.loss_weights}"
+            )
+        return loss_mixture(dict(zip(names, weights, strict=True)))
 
     @property
     def hyperparameters(self) -> dict[str, float]:

@@ -7,7 +7,8 @@ log-prob itself for reference-free losses), as a sum over tokens (``.sum``) or a
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -39,8 +40,7 @@ class LogRatio:
 
 def sigmoid(w: LogRatio, l: LogRatio, beta: float, label_smoothing: float = 0.0) -> Tensor:  # noqa: E741
     """DPO, arXiv 2305.18290 eq. 7; with label smoothing cDPO (Mitchell 2023)."""
-    margin = beta * (w.sum - l.sum)
-    return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
+    return _logistic(beta * (w.sum - l.sum), label_smoothing)
 
 
 def hinge(w: LogRatio, l: LogRatio, beta: float) -> Tensor:  # noqa: E741
@@ -103,26 +103,30 @@ def discopop(w: LogRatio, l: LogRatio, beta: float, tau: float = 0.05) -> Tensor
     return (1 - blend) * -F.logsigmoid(margin) + blend * torch.exp(-margin)
 
 
-def sigmoid_norm(w: LogRatio, l: LogRatio, beta: float) -> Tensor:  # noqa: E741
+def sigmoid_norm(w: LogRatio, l: LogRatio, beta: float, label_smoothing: float = 0.0) -> Tensor:  # noqa: E741
     """Length-normalised DPO (Tülu 3, arXiv 2411.15124 eq. 6)."""
-    return -F.logsigmoid(beta * (w.mean - l.mean))
+    return _logistic(beta * (w.mean - l.mean), label_smoothing)
 
 
-def simpo(w: LogRatio, l: LogRatio, beta: float, gamma: float = 0.5) -> Tensor:  # noqa: E741
+def simpo(w: LogRatio, l: LogRatio, beta: float, gamma: float = 0.5, label_smoothing: float = 0.0) -> Tensor:  # noqa: E741
     """SimPO, arXiv 2405.14734 eq. 6: reference-free, target margin ``gamma``."""
-    return -F.logsigmoid(beta * (w.mean - l.mean) - gamma)
+    return _logistic(beta * (w.mean - l.mean) - gamma, label_smoothing)
 
 
-def orpo(w: LogRatio, l: LogRatio, beta: float) -> Tensor:  # noqa: E741
+def orpo(w: LogRatio, l: LogRatio, beta: float, nll_weight: float = 1.0) -> Tensor:  # noqa: E741
     """ORPO, arXiv 2403.07691 eq. 6: NLL of the chosen response plus β (its λ) times the log odds ratio loss."""
-    log_odds = (w.mean - l.mean) - (_log1mexp(w.mean) - _log1mexp(l.mean))
-    return -w.mean - beta * F.logsigmoid(log_odds)
+    return nll_weight * -w.mean - beta * F.logsigmoid(log_odds_ratio(w.mean, l.mean))
 
 
-def cpo(w: LogRatio, l: LogRatio, beta: float, nll_weight: float = 1.0) -> Tensor:  # noqa: E741
+def cpo(w: LogRatio, l: LogRatio, beta: float, nll_weight: float = 1.0, label_smoothing: float = 0.0) -> Tensor:  # noqa: E741
     """CPO, arXiv 2401.08417 eq. 5: reference-free DPO plus the chosen response's NLL (per token, as in its code)."""
     nll = -w.mean if nll_weight else 0.0
-    return -F.logsigmoid(beta * (w.sum - l.sum)) + nll_weight * nll
+    return _logistic(beta * (w.sum - l.sum), label_smoothing) + nll_weight * nll
+
+
+def sft(w: LogRatio, l: LogRatio, beta: float) -> Tensor:  # noqa: E741
+    """The chosen response's NLL per token: a term of mixtures (MPO, arXiv 2411.10442) that makes no use of β."""
+    return -w.mean
 
 
 class PairwiseLoss(NamedTuple):
@@ -135,7 +139,7 @@ PAIRWISE_LOSSES = {
     for loss in (
         *map(PairwiseLoss, (sigmoid, hinge, ipo, robust, exo_pair, nca_pair, bco_pair, sppo_hard, apo_zero, apo_down)),
         *map(PairwiseLoss, (discopop, sigmoid_norm)),
-        *(PairwiseLoss(function, reference_free=True) for function in (simpo, orpo, cpo)),
+        *(PairwiseLoss(function, reference_free=True) for function in (simpo, orpo, cpo, sft)),
     )
 }
 
@@ -145,7 +149,7 @@ def preference_loss(
     rejected: SequenceLogprobs | Tensor,  # (B,)
     ref_chosen: SequenceLogprobs | Tensor | None = None,  # (B,)
     ref_rejected: SequenceLogprobs | Tensor | None = None,  # (B,)
-    loss_type: str = "sigmoid",
+    loss_type: str | Mapping[str, float] = "sigmoid",
     beta: float = 0.1,
     **hyperparameters: float,
 ) -> Tensor:
@@ -155,25 +159,39 @@ def preference_loss(
         chosen, rejected: the policy's, from :func:`sequence_logprobs`; plain (B,) sums do for losses that are not
             length-normalised.
         ref_chosen, ref_rejected: the reference's, of the same responses; None for reference-free losses alone.
-        loss_type: a key of ``PAIRWISE_LOSSES``; each function names its paper.
+        loss_type: a key of ``PAIRWISE_LOSSES``, each of which names its paper; or a weighted sum of several as
+            {loss_type: weight}, such as MPO's {"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0}. Its reference-free members
+            see the policy's log-probs alone.
         beta: positive strength of the implicit KL constraint.
-        hyperparameters: the loss function's own (``label_smoothing``, ``tau``, ``gamma``, ``nll_weight``).
+        hyperparameters: the loss function's own (``label_smoothing``, ``tau``, ``gamma``, ``nll_weight``); in a sum
+            each goes to every member that takes it.
 
     Raises:
-        ValueError: unknown loss or hyperparameter, missing or superfluous references, shapes that do not fit.
+        ValueError: unknown loss or hyperparameter, a weight that is not positive, missing or superfluous references,
+            shapes that do not fit.
     """
-    loss = pairwise_loss(loss_type)
-    allowed = [name for name in inspect.signature(loss.function).parameters if name not in ("w", "l", "beta")]
+    mixture = loss_mixture(loss_type)
+    allowed = hyperparameter_names(mixture)
+    name = " + ".join(mixture)
     if unknown := sorted(set(hyperparameters) - set(allowed)):
-        raise ValueError(f"{loss_type} takes {', '.join(allowed) or 'no hyperparameter beside beta'}; found {unknown}")
+        raise ValueError(f"{name} takes {', '.join(allowed) or 'no hyperparameter beside beta'}; found {unknown}")
     if not beta > 0:
         raise ValueError(f"beta must be positive, found {beta}")
-    if loss.reference_free and not (ref_chosen is None and ref_rejected is None):
-        raise ValueError(f"{loss_type} is reference-free: ref_chosen and ref_rejected must be None")
-    if not loss.reference_free and (ref_chosen is None or ref_rejected is None):
-        raise ValueError(f"{loss_type} needs ref_chosen and ref_rejected")
+    if reference_free(mixture):
+        if not (ref_chosen is None and ref_rejected is None):
+            raise ValueError(f"{name} is reference-free: ref_chosen and ref_rejected must be None")
+    elif ref_chosen is None or ref_rejected is None:
+        raise ValueError(f"{name} needs ref_chosen and ref_rejected")
     _require_one_shape(chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected)
-    return loss.function(LogRatio(chosen, ref_chosen), LogRatio(rejected, ref_rejected), beta, **hyperparameters)
+    policy = LogRatio(chosen, None), LogRatio(rejected, None)
+    ratio = LogRatio(chosen, ref_chosen), LogRatio(rejected, ref_rejected)
+    terms = []
+    for member, weight in mixture.items():
+        loss = PAIRWISE_LOSSES[member]
+        own = {name: value for name, value in hyperparameters.items() if name in hyperparameter_names([member])}
+        term = loss.function(*(policy if loss.reference_free else ratio), beta, **own)
+        terms.append(term if weight == 1 else weight * term)
+    return sum(terms[1:], terms[0])
 
 
 def wpo_loss(
@@ -183,7 +201,7 @@ def wpo_loss(
     ref_rejected: SequenceLogprobs | Tensor | None,  # (B,)
     chosen_weight: Tensor,  # (B,)
     rejected_weight: Tensor,  # (B,)
-    loss_type: str = "sigmoid",
+    loss_type: str | Mapping[str, float] = "sigmoid",
     beta: float = 0.1,
     clamp: bool = True,
     **hyperparameters: float,
@@ -271,11 +289,40 @@ def kto_loss(
     return torch.where(desirable.bool(), wanted, unwanted)
 
 
-def pairwise_loss(loss_type: str) -> PairwiseLoss:
-    """The table's entry; raises ValueError with what exists."""
-    if loss_type not in PAIRWISE_LOSSES:
-        raise ValueError(f"loss_type must be one of {', '.join(PAIRWISE_LOSSES)}; found {loss_type!r}")
-    return PAIRWISE_LOSSES[loss_type]
+def loss_mixture(loss_type: str | Mapping[str, float]) -> dict[str, float]:
+    """{member of ``PAIRWISE_LOSSES``: weight}; raises ValueError for unknown members, or weights not positive."""
+    mixture = {loss_type: 1.0} if isinstance(loss_type, str) else dict(loss_type)
+    if not mixture or (unknown := [name for name in mixture if name not in PAIRWISE_LOSSES]):
+        found = ", ".join(map(repr, unknown)) if mixture else "an empty mapping"
+        raise ValueError(f"loss_type must be one of {', '.join(PAIRWISE_LOSSES)}; found {found}")
+    for name, weight in mixture.items():
+        if not 0 < weight < math.inf:
+            raise ValueError(f"the weight of {name} in loss_type must be positive and finite, found {weight}")
+    return mixture
+
+
+def reference_free(mixture: Iterable[str]) -> bool:
+    """Whether none of these losses uses a reference."""
+    return all(PAIRWISE_LOSSES[name].reference_free for name in mixture)
+
+
+def hyperparameter_names(mixture: Iterable[str]) -> list[str]:
+    """What these losses take beside β."""
+    names = [name for member in mixture for name in inspect.signature(PAIRWISE_LOSSES[member].function).parameters]
+    return [name for name in dict.fromkeys(names) if name not in ("w", "l", "beta")]
+
+
+def log_odds_ratio(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """ORPO's log odds(y_w) − log odds(y_l), odds(y) = p / (1 − p), from length-normalised log-probs."""
+    return (chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected))
+
+
+def _logistic(margin: Tensor, label_smoothing: float) -> Tensor:
+    """−log σ(margin), in expectation over preference flips of probability ``label_smoothing`` < 1/2 (cDPO)."""
+    _require_in("label_smoothing", label_smoothing, 0.0, 0.5, low_open=False)
+    if not label_smoothing:
+        return -F.logsigmoid(margin)
+    return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
 
 
 def _log1mexp(x: Tensor) -> Tensor:

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .batch import RESPONSES
 from .config import TrainConfig
-from .losses import pairwise_loss, preference_loss, wpo_loss, wpo_pair_weight, wspo_loss
-from .policy import unpack
-from .sequence_stats import SequenceLogprobs, alignment_stat, segment_sum, sequence_logprobs, wpo_weights
+from .losses import loss_mixture, preference_loss, reference_free, wpo_loss, wpo_pair_weight, wspo_loss
+from .sequence_stats import SequenceLogprobs, alignment_stat, segment_sum, sequence_logprobs, unpack, wpo_weights
 from .token_stats import TokenStats
+
+PAIR = ("chosen", "rejected")
 
 # Packed statistics (N,), cu_seqlens (sequences + 1,) and each frozen model's log-probs (N,) → loss (B,), metrics (B,).
 LossFunction = Callable[[TokenStats, Tensor, Mapping[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
@@ -35,39 +35,69 @@ def make_objective(options: TrainConfig) -> Objective:
     Raises:
         ValueError: a hyperparameter that its loss refuses.
     """
-    objective = _assemble(options)
-    # One token per sequence through the loss: what it has to say against its hyperparameters comes before any work.
+    if options.objective == "wspo":
+        return wspo_objective(0.1 if options.gamma is None else options.gamma, options.level, options.sft_weight)
+    weighting = (options.alignment, options.clamp) if options.objective == "wpo" else None
+    return pair_objective(
+        options.loss_mixture, options.beta, options.hyperparameters, options.sft_weight, weighting=weighting
+    )
+
+
+def pair_objective(
+    loss_type: str | Mapping[str, float],
+    beta: float,
+    hyperparameters: Mapping[str, float],
+    sft_weight: float = 0.0,
+    weighting: tuple[str, bool] | None = None,
+) -> Objective:
+    """A member of the DPO family or a mixture, under WPO's ``weighting`` (alignment, clamp) where that is given.
+
+    Raises:
+        ValueError: as :func:`prefopt_fast.preference_loss`.
+    """
+    frozen = () if reference_free(loss_mixture(loss_type)) else ("ref",)
+    shared: dict[str, Any] = {
+        "loss_type": loss_type,
+        "beta": beta,
+        "hyperparameters": hyperparameters,
+        "sft_weight": sft_weight,
+    }
+    if weighting is None:
+        return _checked(Objective(partial(pairwise, **shared), PAIR, (), frozen))
+    alignment, clamp = weighting
+    statistic = alignment_stat(alignment)
+    function = partial(wpo, alignment=alignment, clamp=clamp, **shared)
+    return _checked(Objective(function, PAIR, () if statistic is None else (statistic,), frozen))
+
+
+def wspo_objective(gamma: float, level: str, sft_weight: float = 0.0) -> Objective:
+    """WSPO on chosen responses.
+
+    Raises:
+        ValueError: as :func:`prefopt_fast.wspo_loss`.
+    """
+    function = partial(wspo, gamma=gamma, level=level, sft_weight=sft_weight)
+    return _checked(Objective(function, PAIR[:1], (), ("ref", "weak_aligned", "weak_ref")))
+
+
+def _checked(objective: Objective) -> Objective:
+    """One token per sequence through the loss: what it has to say against its hyperparameters comes before any work."""
     tokens = torch.full((len(objective.responses),), -1.0)
     stats = TokenStats(tokens, tokens < 0, log_sum_sq_probs=tokens, max_logprob=tokens)
     objective.function(stats, torch.arange(len(tokens) + 1), dict.fromkeys(objective.frozen, tokens))
     return objective
 
 
-def _assemble(options: TrainConfig) -> Objective:
-    shared: dict[str, Any] = {"sft_weight": options.sft_weight}
-    if options.objective == "wspo":
-        shared |= {"gamma": 0.1 if options.gamma is None else options.gamma, "level": options.level}
-        return Objective(partial(wspo, **shared), ("chosen",), (), ("ref", "weak_aligned", "weak_ref"))
-    loss_type = options.pairwise_loss_type
-    frozen = () if pairwise_loss(loss_type).reference_free else ("ref",)
-    shared |= {"loss_type": loss_type, "beta": options.beta, "hyperparameters": options.hyperparameters}
-    if options.objective == "wpo":
-        statistic = alignment_stat(options.alignment)
-        shared |= {"alignment": options.alignment, "clamp": options.clamp}
-        return Objective(partial(wpo, **shared), RESPONSES, () if statistic is None else (statistic,), frozen)
-    return Objective(partial(pairwise, **shared), RESPONSES, (), frozen)
-
-
 def pairwise(
     stats: TokenStats,  # (N,)
     cu_seqlens: Tensor,  # (2B + 1,): the chosen sequences, then the rejected ones
-    frozen: Mapping[str, Tensor],  # (N,) each
-    loss_type: str,
+    frozen: Mapping[str, Tensor],  # (N,), or (2B,) sums
+    loss_type: str | Mapping[str, float],
     beta: float,
     hyperparameters: Mapping[str, float],
     sft_weight: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Any member of the DPO family."""
+    """Any member of the DPO family, or a mixture."""
     chosen, rejected = _halves(stats, cu_seqlens, frozen)
     loss = preference_loss(chosen.policy, rejected.policy, chosen.ref, rejected.ref, loss_type, beta, **hyperparameters)
     return _add_sft(loss, chosen.policy, sft_weight), _reward_metrics(chosen, rejected, beta)
@@ -76,15 +106,15 @@ def pairwise(
 def wpo(
     stats: TokenStats,  # (N,)
     cu_seqlens: Tensor,  # (2B + 1,): the chosen sequences, then the rejected ones
-    frozen: Mapping[str, Tensor],  # (N,) each
+    frozen: Mapping[str, Tensor],  # (N,), or (2B,) sums
     alignment: str,
     clamp: bool,
-    loss_type: str,
+    loss_type: str | Mapping[str, float],
     beta: float,
     hyperparameters: Mapping[str, float],
     sft_weight: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """WPO over any member of the DPO family."""
+    """WPO over any member of the DPO family, or a mixture."""
     chosen, rejected = _halves(stats, cu_seqlens, frozen)
     chosen_weight, rejected_weight = wpo_weights(stats, alignment, cu_seqlens).chunk(2)
     loss = wpo_loss(
@@ -142,9 +172,11 @@ class _Response(NamedTuple):
 
 
 def _halves(stats: TokenStats, cu_seqlens: Tensor, frozen: Mapping[str, Tensor]) -> tuple[_Response, _Response]:
-    """Chosen and rejected."""
+    """Chosen and rejected; the reference's log-probs may be the sequences' sums already."""
     policy = sequence_logprobs(stats, cu_seqlens)
-    ref = segment_sum(frozen["ref"], cu_seqlens) if "ref" in frozen else None
+    ref = frozen.get("ref")
+    if ref is not None and ref.shape != policy.sum.shape:
+        ref = segment_sum(ref, cu_seqlens)
     half = len(policy.sum) // 2
     chosen, rejected = (
         _Response(SequenceLogprobs(*(field[part] for field in policy)), None if ref is None else ref[part])

@@ -162,16 +162,6 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def unpack(
-    values: Tensor,  # (N,)
-    cu_seqlens: Tensor,  # (S + 1,)
-) -> tuple[Tensor, Tensor]:
-    """Packed values as (S, T) with zeros on the right, T the longest sequence, and the boolean mask (S, T)."""
-    lengths = cu_seqlens.diff()
-    padded = nn.utils.rnn.pad_sequence(values.split(lengths.tolist()), batch_first=True)
-    return padded, torch.arange(padded.shape[1], device=values.device) < lengths[:, None]
-
-
 def load_model(
     source: str,
     dtype: torch.dtype | str = "auto",

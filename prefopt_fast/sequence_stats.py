@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .kernels.dispatch import resolve_backend
 from .token_stats import TokenStats
@@ -93,6 +93,16 @@ def segment_sum(
     positions = torch.arange(len(values), device=values.device)
     sequence = torch.searchsorted(cu_seqlens[1:], positions, right=True)
     return values.new_zeros(len(cu_seqlens) - 1).index_add(0, sequence, values)
+
+
+def unpack(
+    values: Tensor,  # (N,)
+    cu_seqlens: Tensor,  # (S + 1,)
+) -> tuple[Tensor, Tensor]:
+    """Packed values as (S, T) with zeros on the right, T the longest sequence, and the boolean mask (S, T)."""
+    lengths = cu_seqlens.diff()
+    padded = nn.utils.rnn.pad_sequence(values.split(lengths.tolist()), batch_first=True)
+    return padded, torch.arange(padded.shape[1], device=values.device) < lengths[:, None]
 
 
 def require_tokens(length: Tensor) -> None:

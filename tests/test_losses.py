@@ -45,6 +45,7 @@ BY_HAND = {
     "orpo": 2.0
     - BETA * math.log(sigma(math.log(math.exp(-2) / (1 - math.exp(-2)) / (math.exp(-4.5) / (1 - math.exp(-4.5)))))),
     "cpo": -math.log(sigma(BETA * 5.0)) + 2.0,
+    "sft": 2.0,
 }
 
 
@@ -81,52 +82,108 @@ def test_extreme_margins_stay_finite(loss_type):
     refs = references(loss_type, sequences(-2000.0, -2000.0), sequences(-2000.0, -2000.0))
     refs = [ref and pf.SequenceLogprobs(ref.sum.float(), ref.mean.float(), length) for ref in refs]
     loss = pf.preference_loss(*pair, *refs, loss_type=loss_type, beta=0.01)
-    loss.sum().backward()
-    for value in (loss, chosen.grad, rejected.grad):
+    grads = torch.autograd.grad(loss.sum(), [chosen, rejected], materialize_grads=True)
+    for value in (loss, *grads):
         assert value.isfinite().all()
 
 
-def test_label_smoothing_is_the_mixture_of_both_orders():
-    pair, refs = [sequences(-4.0), sequences(-9.0)], [sequences(-5.0), sequences(-7.0)]
-    smoothed = pf.preference_loss(*pair, *refs, label_smoothing=0.2)
-    clean, flipped = pf.preference_loss(*pair, *refs), pf.preference_loss(*pair[::-1], *refs[::-1])
+@pytest.mark.parametrize(
+    ("loss_type", "options"),
+    [("sigmoid", {}), ("sigmoid_norm", {}), ("simpo", {"gamma": 0.0}), ("cpo", {"nll_weight": 0.0})],
+)
+def test_label_smoothing_is_the_mixture_of_both_orders(loss_type, options):
+    pair, refs = [sequences(-4.0), sequences(-9.0)], references(loss_type, sequences(-5.0), sequences(-7.0))
+    options = {"loss_type": loss_type, **options}
+    smoothed = pf.preference_loss(*pair, *refs, **options, label_smoothing=0.2)
+    clean, flipped = (pf.preference_loss(*pair[::o], *refs[::o], **options) for o in (1, -1))
     torch.testing.assert_close(smoothed, 0.8 * clean + 0.2 * flipped)
 
 
-def test_against_trl():
-    """TRL computes its losses inside one long method of the trainer; that if-ladder itself runs here, on our inputs."""
+def trl_loss(mixture: dict[str, float], policy: list, ref: list, length: int, use_weighting: bool = False) -> tuple:
+    """TRL computes its losses inside one long method of the trainer; its loop over them itself runs here, on pairs
+    of sequences of ``length`` tokens: the weighted loss, and the last member's loss of each pair."""
     trl = pytest.importorskip("trl")
     method = ast.parse(textwrap.dedent(inspect.getsource(trl.DPOTrainer._compute_loss)))
-    ladder = next(
+    loop = next(
         node
         for node in ast.walk(method)
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "loss_type == 'sigmoid'"
+        if isinstance(node, ast.For) and ast.unparse(node.target) == "(loss_type, loss_weight)"
     )
-    ladder = compile(ast.Module([ladder], []), "trl", "exec")
-    policy, ref = ([-4.0, -30.0, -7.0], [-9.0, -20.0, -6.5]), ([-5.0, -33.0, -7.0], [-7.0, -21.0, -9.0])
-    chosen, rejected = (sequences(*values, length=5) for values in policy)
-    ref_chosen, ref_rejected = (sequences(*values, length=5) for values in ref)
+    chosen, rejected, ref_chosen, ref_rejected = (item.sum for item in (*policy, *ref))
+    smoothing = next((value for name, value in {"robust": 0.1, "exo_pair": 1e-3}.items() if name in mixture), 0.0)
+    trainer = {
+        "beta": 0.3,
+        "label_smoothing": smoothing,
+        "args": type("Arguments", (), {"discopop_tau": 0.05}),
+        "loss_types": list(mixture),
+        "loss_weights": list(mixture.values()),
+        "use_weighting": use_weighting,
+    }
+    tokens = torch.cat([chosen, rejected])[:, None].expand(-1, length) / length
+    names = {
+        "torch": torch,
+        "F": torch.nn.functional,
+        "self": type("Trainer", (), trainer),
+        "device": "cpu",
+        "loss": 0.0,
+        "chosen_logratios": chosen - ref_chosen,
+        "rejected_logratios": rejected - ref_rejected,
+        "chosen_scores": chosen - ref_chosen,
+        "rejected_scores": rejected - ref_rejected,
+        "completion_mask": torch.ones(len(tokens), length),
+        "shift_completion_mask": torch.ones(len(tokens), length),
+        "per_token_logps": tokens,
+        "outputs": type("Outputs", (), {"log_sum_sq_probs": 0.9 * tokens}),
+        "seq_len": length,
+    }
+    names["delta_score"] = names["chosen_scores"] - names["rejected_scores"]
+    exec(compile(ast.Module([loop], []), "trl", "exec"), names)
+    return names["loss"], names["per_sequence_loss"]
+
+
+def three_pairs() -> tuple[list, list]:
+    policy = [[-4.0, -30.0, -7.0], [-9.0, -20.0, -6.5]], [[-5.0, -33.0, -7.0], [-7.0, -21.0, -9.0]]
+    return tuple([sequences(*values, length=5) for values in side] for side in policy)
+
+
+def test_against_trl():
+    policy, ref = three_pairs()
     for loss_type, loss in pf.PAIRWISE_LOSSES.items():
         if loss.reference_free:
             continue  # those live in trainers of their own
-        smoothing = {"robust": 0.1, "exo_pair": 1e-3}.get(loss_type, 0.0)
-        arguments = type("Arguments", (), {"discopop_tau": 0.05})
-        names = {
-            "torch": torch,
-            "F": torch.nn.functional,
-            "self": type("Trainer", (), {"beta": 0.3, "label_smoothing": smoothing, "args": arguments}),
-            "loss_type": loss_type,
-            "device": "cpu",
-            "chosen_logratios": chosen.sum - ref_chosen.sum,
-            "rejected_logratios": rejected.sum - ref_rejected.sum,
-            "chosen_scores": chosen.sum - ref_chosen.sum,
-            "rejected_scores": rejected.sum - ref_rejected.sum,
-            "completion_mask": torch.ones(6, 5),
-        }
-        names["delta_score"] = names["chosen_scores"] - names["rejected_scores"]
-        exec(ladder, names)
-        ours = pf.preference_loss(chosen, rejected, ref_chosen, ref_rejected, loss_type=loss_type, beta=0.3)
-        torch.testing.assert_close(ours, names["per_sequence_loss"], rtol=1e-6, atol=0, msg=loss_type)
+        ours = pf.preference_loss(*policy, *ref, loss_type=loss_type, beta=0.3)
+        theirs = trl_loss({loss_type: 1.0}, policy, ref, 5)[1]
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0, msg=loss_type)
+
+
+MPO = {"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0}
+
+
+@pytest.mark.parametrize("mixture", [MPO, {"hinge": 0.5, "exo_pair": 2.0}, {"sft": 1.0, "ipo": 0.25}])
+def test_mixture_against_trl(mixture):
+    """TRL's sft is a mean over a batch's tokens, ours over each pair's: the same for responses of one length."""
+    policy, ref = three_pairs()
+    ours = pf.preference_loss(*policy, *ref, loss_type=mixture, beta=0.3)
+    torch.testing.assert_close(ours.mean(), trl_loss(mixture, policy, ref, 5)[0], rtol=1e-6, atol=0)
+    if "sft" in mixture:
+        return  # TRL's weighting fails there: it multiplies an expanded tensor in place
+    weights = [(0.1 * sequence.mean).exp() for sequence in policy]
+    weighted = pf.wpo_loss(*policy, *ref, *weights, loss_type=mixture, beta=0.3, clamp=False).mean()
+    torch.testing.assert_close(weighted, trl_loss(mixture, policy, ref, 5, use_weighting=True)[0], rtol=1e-6, atol=0)
+
+
+def test_mixture_is_the_sum_of_its_members():
+    policy, ref = three_pairs()
+    members = {"robust": 0.5, "simpo": 1.0, "discopop": 3.0}
+    options = {"robust": {"label_smoothing": 0.2}, "simpo": {"label_smoothing": 0.2, "gamma": 0.7}, "discopop": {}}
+    mixed = pf.preference_loss(*policy, *ref, loss_type=members, label_smoothing=0.2, gamma=0.7)
+    parts = [
+        weight * pf.preference_loss(*policy, *references(name, *ref), loss_type=name, **options[name])
+        for name, weight in members.items()
+    ]
+    torch.testing.assert_close(mixed, sum(parts), rtol=1e-12, atol=0)
+    free = pf.preference_loss(*policy, loss_type={"simpo": 1.0, "sft": 0.5})
+    torch.testing.assert_close(free, pf.preference_loss(*policy, loss_type="simpo") - 0.5 * policy[0].mean)
 
 
 def test_wpo_weighs_any_pairwise_loss_and_detaches_the_weight():
@@ -187,6 +244,12 @@ def test_kto_by_hand():
         (lambda s, t: pf.preference_loss(s, s, s, s, gamma=1.0), r"sigmoid takes label_smoothing; found \['gamma'\]"),
         (lambda s, t: pf.preference_loss(s, s, s, s, "hinge", tau=1.0), "hinge takes no hyperparameter beside beta"),
         (lambda s, t: pf.preference_loss(s, s, s, s, "robust", label_smoothing=0.5), r"label_smoothing must be in \[0"),
+        (lambda s, t: pf.preference_loss(s, s, s, s, label_smoothing=0.6), r"label_smoothing must be in \[0"),
+        (lambda s, t: pf.preference_loss(s, s, s, s, {"sigmoid": 1, "dpo": 1}), "loss_type must be .*found 'dpo'"),
+        (lambda s, t: pf.preference_loss(s, s, s, s, {}), "loss_type must be .*found an empty mapping"),
+        (lambda s, t: pf.preference_loss(s, s, s, s, {"ipo": 0}), "weight of ipo in loss_type must be positive"),
+        (lambda s, t: pf.preference_loss(s, s, loss_type=MPO), r"sigmoid \+ bco_pair \+ sft needs ref_chosen"),
+        (lambda s, t: pf.preference_loss(s, s, s, s, MPO, gamma=1), r"takes label_smoothing; found \['gamma'\]"),
         (lambda s, t: pf.preference_loss(t, t, t, t, "ipo"), "length-normalised log-probs: pass chosen and rejected"),
         (
             lambda s, t: pf.preference_loss(s, s, s, sequences(-1.0)),

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import prefopt_fast as pf
 from prefopt_fast.batch import ResponseBatch, collate
-from prefopt_fast.policy import ResponseModel, find_backbone, load_model, load_tokenizer, unpack, verify_head
+from prefopt_fast.policy import ResponseModel, find_backbone, load_model, load_tokenizer, verify_head
+from prefopt_fast.sequence_stats import unpack
 
 VOCAB, HIDDEN = 41, 16
 COMMON = {

@@ -176,6 +176,33 @@ def test_every_objective_has_a_gradient(objective: str) -> None:
     assert all(value.shape == (2,) and not value.requires_grad for value in metrics.values())
 
 
+def test_mixtures_are_named_as_in_trl(inputs: dict[str, str], tmp_path: Path) -> None:
+    def config(**options: Any) -> TrainConfig:
+        return TrainConfig(model="m", dataset="d", output_dir="o", **options)
+
+    mpo = config(objective="dpo,bco_pair,sft", loss_weights=[0.8, 0.2, 1.0], label_smoothing=0.1)
+    assert mpo.loss_mixture == {"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0}
+    assert config(objective="wpo", loss_type="ipo,sft").loss_mixture == {"ipo": 1.0, "sft": 1.0}
+    assert make_objective(config(objective="simpo,sft", gamma=0.3)).frozen == ()
+    for options, message in (
+        ({"objective": "wpo,sft"}, "wpo is none of the pairwise ones: WPO weights a sum that loss_type names"),
+        ({"objective": "ipo,ipo"}, "objective must name different losses"),
+        ({"objective": "ipo,sft", "loss_weights": [1.0]}, r"one weight for each; found ipo,sft and \[1.0\]"),
+        ({"objective": "ipo,sft", "loss_weights": [1.0, -1.0]}, "weight of sft in loss_type must be positive"),
+        ({"objective": "ipo,sft", "gamma": 0.3}, "ipo,sft makes no use of gamma"),
+        ({"objective": "wspo", "loss_weights": [1.0]}, "wspo makes no use of loss_weights"),
+        ({"objective": "wspo", "label_smoothing": 0.1}, "wspo makes no use of label_smoothing"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            config(**options)
+    first = {"max_steps": 1, "label_smoothing": 0.2, "ref_model": inputs["other"]}
+    smoothed = run(inputs, tmp_path / "smoothed", **first)
+    mixed = run(inputs, tmp_path / "mixed", objective="dpo,sft", loss_weights=[0.5, 2.0], **first)
+    rows = first_rows({"model": inputs["model"], "dataset": inputs["dataset"], "objective": "dpo"})
+    nll = sum(-float(Truth(inputs["model"])(row, "chosen")[0].mean()) for row in rows) / len(rows)
+    assert mixed[0]["loss"] == pytest.approx(0.5 * smoothed[0]["loss"] + 2.0 * nll, rel=1e-5)
+
+
 def test_sft_term_is_the_chosen_nll_per_token(inputs: dict[str, str], tmp_path: Path) -> None:
     plain = run(inputs, tmp_path / "plain", max_steps=1)
     with_sft = run(inputs, tmp_path / "sft", max_steps=1, sft_weight=2.0)
