@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -334,6 +335,25 @@ def _truncate(ids: list[list[int]], max_length: int, side: str, bos: int | None)
     return [prompt, *responses]
 
 
+def add_sample_weights(encoded: datasets.Dataset, dataset: datasets.Dataset, column: str) -> datasets.Dataset:
+    """``encoded`` with the float column ``sample_weight``: what ``column`` of ``dataset`` holds for each row.
+
+    A pair's loss is multiplied by its weight, and the mean stays over the number of pairs, Σ_i w_i ℓ_i / B: weights of
+    1 change nothing, and a pair counts the same in whatever batch it is. Divide the column by its mean to keep the
+    gradient's scale.
+
+    Raises:
+        ValueError: no such column, or a weight that is missing, no number, negative or not finite, naming its row.
+    """
+    if column not in dataset.column_names:
+        raise ValueError(f"sample_weight_column: no column {column!r}; found {', '.join(dataset.column_names)}")
+    weights = dataset[column][:]
+    for row, weight in enumerate(weights):
+        if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+            raise ValueError(f"row {row}: {column} must be a finite number of at least 0, found {weight!r}")
+    return encoded.add_column("sample_weight", [float(weights[row]) for row in encoded["row"]])
+
+
 @dataclass(frozen=True)
 class ResponseBatch:
     """S = len(responses) · B sequences, padded on the right: all chosen first, then all rejected.
@@ -343,6 +363,7 @@ class ResponseBatch:
     positions: (N,) int64, indices of the scored positions in the flattened (S · T) layout, by sequence and time.
     cu_seqlens: (S + 1,) int64, offsets of the sequences in the N scored tokens.
     rows: (B,) int64, the ``row`` of each pair. responses: names, in the order of the sequences.
+    sample_weight: (B,) float32, factor of each pair's loss, or None; see :func:`add_sample_weights`.
     """
 
     input_ids: Tensor
@@ -352,6 +373,7 @@ class ResponseBatch:
     cu_seqlens: Tensor
     rows: Tensor
     responses: tuple[str, ...]
+    sample_weight: Tensor | None = None
 
     def to(self, device: torch.device | str) -> ResponseBatch:
         fields = vars(self).items()
@@ -382,6 +404,7 @@ def collate(rows: list[dict[str, Any]], responses: Sequence[str] = RESPONSES, pa
         attention_mask[s, :end] = 1
         targets[s, len(prompt) - 1 : end - 1] = torch.tensor(response)
     lengths = torch.tensor([0, *(len(response) for _, response in pairs)])
+    weighted = "sample_weight" in rows[0]
     return ResponseBatch(
         input_ids=input_ids,
         attention_mask=attention_mask,
@@ -390,4 +413,5 @@ def collate(rows: list[dict[str, Any]], responses: Sequence[str] = RESPONSES, pa
         cu_seqlens=lengths.cumsum(0),
         rows=torch.tensor([row["row"] for row in rows]),
         responses=tuple(responses),
+        sample_weight=torch.tensor([row["sample_weight"] for row in rows]) if weighted else None,
     )

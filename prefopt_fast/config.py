@@ -89,6 +89,10 @@ class ObjectiveOptions:
     loss_weights: list[float] | None = field(
         default=None, metadata={"help": "Weights of a sum's losses, in their order (default: 1 each; MPO: 0.8 0.2 1)."}
     )
+    sample_weight_column: str | None = _option(
+        "Column of the dataset with a number ≥ 0 that multiplies each pair's loss; the loss stays a sum over pairs "
+        "divided by their number."
+    )
     beta: float = _option("Strength of the implicit KL constraint (WPO's paper: 0.01).", 0.1)
     gamma: float | None = _option("WSPO: transfer strength (default 0.1). SimPO: target margin (default 0.5).")
     level: Literal["token", "sequence"] = _option(

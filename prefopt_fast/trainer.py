@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 import math
 import signal
 import time
@@ -24,7 +26,7 @@ from tqdm import tqdm
 from transformers import SchedulerType, get_scheduler
 
 from . import checkpoint
-from .batch import RESPONSES, collate, encode, load_preferences
+from .batch import RESPONSES, add_sample_weights, collate, encode, load_preferences
 from .checkpoint import TEMPORARY
 from .config import FROZEN_MODELS, TrainConfig
 from .frozen import FrozenLogprobs, scored, stored
@@ -141,6 +143,10 @@ def train(config: TrainConfig) -> Path:
     plan = BatchPlan.of(config, len(positions), accelerator.num_processes)
     sources = {name: _frozen_source(config, name) for name in objective.frozen if name not in stores}
     identity |= {"model": key.model, "data": key.data, "eval_data": eval_pairs and data_digest(eval_pairs.encoded)}
+    if config.sample_weight_column:
+        # As text: their own digits, which JSON keeps.
+        weights = [split and split.encoded["sample_weight"][:] for split in (pairs, eval_pairs)]
+        identity["sample_weights"] = hashlib.sha256(json.dumps(weights).encode()).hexdigest()
     identity |= {name: model_digest(source) for name, source in sources.items()}
     identity |= {name: store.key.model for name, store in stores.items()}
     with accelerator.main_process_first():
@@ -277,6 +283,9 @@ class Loop:
         batch = batch.to(device)
         stats, cu_seqlens = model(batch, self.objective.stats)
         loss, metrics = self.objective.function(stats, cu_seqlens, frozen)
+        if batch.sample_weight is not None:
+            loss = loss * batch.sample_weight
+            metrics["sample_weight"] = batch.sample_weight
         metrics = {"loss": loss, **metrics, "pairs": torch.ones_like(loss), "tokens": batch.attention_mask.sum()}
         if (report := stats.grad_report) is not None and loss.requires_grad:
             for name in ("columns_kept", "estimated_error", "dense_chunks"):
@@ -466,6 +475,8 @@ def _load_pairs(
     rows = load_preferences(source, config.dataset_split)
     encoded, report = encode(rows, tokenizer, config.max_length, config.truncation_side, responses)
     accelerator.print(f"{source}: {report}")
+    if config.sample_weight_column:
+        encoded = add_sample_weights(encoded, rows, config.sample_weight_column)
     if weak_tokenizer is None:
         return Pairs(encoded)
     weak, report = encode(rows, weak_tokenizer, config.max_length, config.truncation_side, responses)

@@ -12,7 +12,16 @@ import tiny
 import torch
 from conftest import DEVICE
 
-from prefopt_fast.batch import IGNORE_INDEX, TRUNCATION_SIDES, collate, encode, load_preferences, normalize
+from prefopt_fast.batch import (
+    IGNORE_INDEX,
+    TRUNCATION_SIDES,
+    add_sample_weights,
+    collate,
+    encode,
+    load_preferences,
+    normalize,
+)
+from prefopt_fast.scoring import data_digest
 
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'refused' %}{{ raise_exception('no such role') }}{% endif %}"
@@ -282,3 +291,21 @@ def test_hub_ids_and_missing_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "pairs.csv").write_text("a")
     with pytest.raises(ValueError, match=r"must end in .json, .jsonl, .parquet"):
         load_preferences(str(tmp_path / "pairs.csv"))
+
+
+def test_sample_weights_follow_their_rows(tokenizer: Any) -> None:
+    rows = datasets.Dataset.from_list([PAIR | {"w": 0.5}, PAIR | {"prompt": "w1 " * 30, "w": 1.0}, PAIR | {"w": 3.0}])
+    encoded, report = encode(rows, tokenizer, max_length=20, truncation_side="sequence_end")
+    weighted = add_sample_weights(encoded, rows, "w")
+    assert report.dropped == 1 and weighted["sample_weight"][:] == [0.5, 3.0]
+    assert data_digest(weighted) == data_digest(encoded)  # stores serve weighted and unweighted runs
+    batch = collate(list(weighted))
+    assert batch.sample_weight.tolist() == [0.5, 3.0] and collate(list(encoded)).sample_weight is None
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), -1.0, None, "high"])
+def test_bad_sample_weights_name_their_row(tokenizer: Any, weight: Any) -> None:
+    rows = datasets.Dataset.from_dict({name: [text] for name, text in PAIR.items()} | {"w": [weight]})
+    encoded, _ = encode(rows, tokenizer)
+    with pytest.raises(ValueError, match=f"row 0: w must be a finite number of at least 0, found {weight!r}"):
+        add_sample_weights(encoded, rows, "w")

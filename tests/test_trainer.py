@@ -100,6 +100,16 @@ def wpo_truth(options: dict[str, Any], beta: float) -> dict[str, float]:
     }
 
 
+def dpo_truth(options: dict[str, Any]) -> dict[int, float]:
+    """DPO's loss of each row of the first step."""
+    policy, ref = Truth(options["model"]), Truth(options["ref_model"])
+    losses = {}
+    for row in first_rows(options):
+        chosen, rejected = ((policy(row, name)[0] - ref(row, name)[0]).sum() for name in ("chosen", "rejected"))
+        losses[row["row"]] = float(-F.logsigmoid(0.1 * (chosen - rejected)))
+    return losses
+
+
 def wspo_truth(options: dict[str, Any], gamma: float, level: str) -> float:
     """WSPO's first loss."""
     policy, ref = Truth(options["model"]), Truth(options["ref_model"])
@@ -220,6 +230,36 @@ def test_accumulation_changes_nothing(inputs: dict[str, str], tmp_path: Path) ->
     assert len(one) == len(many) == 6 and one[2]["epoch"] == 1.0
 
 
+def test_sample_weights(inputs: dict[str, str], tmp_path: Path) -> None:
+    """Weights of 1 change nothing; others scale their pair's loss and gradient, however pairs are batched."""
+    pairs = json.loads(Path(inputs["dataset"]).read_text())
+
+    def weighted(weights: list[Any]) -> dict[str, Any]:
+        file = tmp_path / "weighted.json"
+        file.write_text(json.dumps([pair | {"w": weight} for pair, weight in zip(pairs, weights, strict=True)]))
+        return {"dataset": str(file), "sample_weight_column": "w", "ref_model": inputs["other"]}
+
+    plain = run(inputs, tmp_path / "plain", ref_model=inputs["other"], max_steps=2)
+    ones = run(inputs, tmp_path / "ones", **weighted([1] * 10), max_steps=2)
+    assert ones == [line | {"sample_weight": 1.0} for line in plain]
+    weights = [0.0, 0.5, *range(1, 9)]
+    options = weighted(weights) | {"max_steps": 1} | LINEAR_ADAM
+    one = run(inputs, tmp_path / "one", per_device_train_batch_size=10, **options)
+    run(inputs, tmp_path / "many", per_device_train_batch_size=2, gradient_accumulation_steps=5, **options)
+    assert_same_run(tmp_path / "one", tmp_path / "many", Path(inputs["model"]))
+    losses = dpo_truth({"model": inputs["model"], "objective": "dpo", "per_device_train_batch_size": 10} | options)
+    expected = sum(weights[row] * loss for row, loss in losses.items()) / 10
+    assert_close(one[0], {"loss": expected, "sample_weight": 3.65}, 1e-5)
+
+    with pytest.raises(ValueError, match=r"row 9: w must be a finite number of at least 0, found -2\.0"):
+        run(inputs, tmp_path / "bad", **weighted([1.0] * 9 + [-2.0]))
+    with pytest.raises(ValueError, match="no column 'v'; found prompt, chosen, rejected, w"):
+        run(inputs, tmp_path / "bad", **weighted([1] * 10) | {"sample_weight_column": "v"})
+    with pytest.raises(ValueError, match="sample_weights"):
+        run(inputs, tmp_path / "one", per_device_train_batch_size=10, **options | weighted([2] * 10))
+    assert not (tmp_path / "bad").exists()
+
+
 def assert_same_run(one: Path, other: Path, start: Path) -> None:
     """Equal metrics, and equal updates of the weights, to fp32 rounding."""
     for line, expected in zip(tiny.read_metrics(other), tiny.read_metrics(one), strict=True):
@@ -275,15 +315,9 @@ def test_evaluation_on_a_split_and_on_a_file(inputs: dict[str, str], tmp_path: P
     assert [(line["step"], "eval_loss" in line) for line in lines] == [(2, False), (2, True), (3, False), (3, True)]
     held_out = tiny.make_pairs(tmp_path / "held-out.json", 4, seed=1)
     lines = run(inputs, tmp_path / "file", eval_dataset=held_out, max_steps=1, ref_model=inputs["other"])
-    pairs = first_rows(
-        {"model": inputs["model"], "dataset": held_out, "objective": "dpo", "per_device_train_batch_size": 4}
-    )
-    policy, ref = Truth(str(tmp_path / "file")), Truth(inputs["other"])
-    losses = []
-    for row in pairs:
-        chosen, rejected = ((policy(row, name)[0] - ref(row, name)[0]).sum() for name in ("chosen", "rejected"))
-        losses.append(float(-F.logsigmoid(0.1 * (chosen - rejected))))
-    assert lines[-1]["eval_loss"] == pytest.approx(sum(losses) / 4, rel=1e-5)
+    options = {"model": str(tmp_path / "file"), "ref_model": inputs["other"], "dataset": held_out, "objective": "dpo"}
+    losses = dpo_truth(options | {"per_device_train_batch_size": 4})
+    assert lines[-1]["eval_loss"] == pytest.approx(sum(losses.values()) / 4, rel=1e-5)
 
 
 def test_adapter_and_merged_model(inputs: dict[str, str], tmp_path: Path) -> None:
