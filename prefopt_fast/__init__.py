@@ -8,6 +8,8 @@ from . import reference
 from .head import LMHead
 from .log_ratio import token_log_ratio
 from .losses import PAIRWISE_LOSSES, kto_loss, preference_loss, wpo_loss, wspo_loss
+from .modules import PreferenceLoss, WPOLoss, WSPOLoss
+from .segments import shared_segments, spread_over_segments, token_boundaries
 from .sequence_stats import ALIGNMENTS, SequenceLogprobs, sequence_logprobs, wpo_weights
 from .token_stats import STATS, GradReport, TokenStats, check_inputs, token_logprobs
 
@@ -19,13 +21,19 @@ __all__ = [
     "STATS",
     "GradReport",
     "LMHead",
+    "PreferenceLoss",
     "SequenceLogprobs",
     "TokenStats",
+    "WPOLoss",
+    "WSPOLoss",
     "check_inputs",
     "kto_loss",
     "preference_loss",
     "reference",
     "sequence_logprobs",
+    "shared_segments",
+    "spread_over_segments",
+    "token_boundaries",
     "token_log_ratio",
     "token_logprobs",
     "wpo_loss",

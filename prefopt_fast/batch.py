@@ -17,6 +17,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from .segments import NO_SEGMENT, shared_segments, token_boundaries
+
 RESPONSES = ("chosen", "rejected")
 TRUNCATION_SIDES = ("prompt_start", "sequence_start", "sequence_end")
 IGNORE_INDEX = -100
@@ -30,6 +32,7 @@ _SHAREGPT_ROLES = {
     "function_call": "assistant",
     "observation": "tool",
 }
+_PROBE = "\uffff"  # a text of one character that no real text holds
 _ENCODE_ROWS = 256  # rows tokenized by one call of the tokenizer, which spreads them over its threads
 
 Message = dict[str, Any]
@@ -208,6 +211,7 @@ def encode(
     max_length: int | None = None,
     truncation_side: str = "prompt_start",
     responses: Sequence[str] = RESPONSES,
+    boundaries: Sequence[str] = (),
 ) -> tuple[datasets.Dataset, EncodeReport]:
     """Token ids of every row: int32 lists ``prompt_ids`` and, for each response, ``chosen_ids``, ``rejected_ids``; and
     int64 ``row``, the row's index in ``dataset`` (rows without a response token are left out).
@@ -229,26 +233,37 @@ def encode(
             prompt, which TRL cuts differently for the two responses.
             "sequence_end": the response's end; a row whose prompt leaves no room is dropped. TRL's ``keep_start``.
         responses: ("chosen", "rejected"), or ("chosen",) for WSPO.
+        boundaries: those of ``responses`` that get an int32 list beside their ids, such as ``chosen_boundaries``, from
+            :func:`token_boundaries` and for :func:`align`. Their text is what the messages hold, less white space
+            around it.
 
     Raises:
-        ValueError: an argument or a row that does not fit, or no row left.
+        ValueError: an argument or a row that does not fit, or no row left; for ``boundaries``, a tokenizer without
+            character offsets or a template that changes the text of a response.
     """
     if truncation_side not in TRUNCATION_SIDES:
         raise ValueError(f"truncation_side must be one of {', '.join(TRUNCATION_SIDES)}; found {truncation_side!r}")
     if max_length is not None and max_length < 2:
         raise ValueError(f"max_length must hold a prompt token and a response token, found {max_length}")
-    if not responses or not set(responses) <= set(RESPONSES):
-        raise ValueError(f"responses must be some of {', '.join(RESPONSES)}; found {responses!r}")
+    if not responses or not set(responses) <= set(RESPONSES) or not set(boundaries) <= set(responses):
+        found = f"{responses!r} and boundaries {boundaries!r}" if boundaries else repr(responses)
+        raise ValueError(f"responses must be some of {', '.join(RESPONSES)}; found {found}")
+    if boundaries and not tokenizer.is_fast:
+        raise ValueError(f"boundaries need the character offsets of a fast tokenizer; found {type(tokenizer).__name__}")
     columns = ["row", "prompt_ids", *(f"{name}_ids" for name in responses)]
-    schema = pa.schema([("row", pa.int64()), *((name, pa.list_(pa.int32())) for name in columns[1:])])
+    lists = [*columns[1:], *(f"{name}_boundaries" for name in boundaries)]
+    schema = pa.schema([("row", pa.int64()), *((name, pa.list_(pa.int32())) for name in lists)])
     tables, counts = [], dict.fromkeys(("dropped", "prompts_cut", "responses_cut", "diverged", "longest", "tokens"), 0)
     for start in range(0, len(dataset), _ENCODE_ROWS):
         rows = range(start, min(start + _ENCODE_ROWS, len(dataset)))
-        texts = [_render(normalize(dataset[row], row, responses), tokenizer, row) for row in rows]
+        fields = [normalize(dataset[row], row, responses) for row in rows]
+        rendered = [_render(fields[i], tokenizer, row) for i, row in enumerate(rows)]
         encoded = []
-        for row, (prompt, *sequences) in zip(rows, _tokenize(texts, tokenizer), strict=True):
-            ids = _split_sequences(prompt, sequences)
-            counts["diverged"] += len(ids[0]) < len(prompt)
+        for i, (ids, offsets) in enumerate(_tokenize(rendered, tokenizer, bool(boundaries))):
+            row, prompt = rows[i], ids[0]
+            ids = _split_sequences(prompt, ids[1:])
+            start = len(ids[0])
+            counts["diverged"] += start < len(prompt)
             ids = _nonempty_prompt(ids, tokenizer, row)
             kept = ids if max_length is None else _truncate(ids, max_length, truncation_side, tokenizer.bos_token_id)
             if not all(kept):
@@ -259,6 +274,13 @@ def encode(
             counts["longest"] = max(counts["longest"], len(kept[0]) + max(map(len, kept[1:])))
             counts["tokens"] += sum(map(len, kept[1:]))
             encoded.append(dict(zip(columns, (row, *kept), strict=True)))
+            for name in boundaries:
+                k = columns.index(f"{name}_ids") - 1
+                text = rendered[i][1][k]
+                spans = _text_spans(fields[i], name, text, tokenizer, row)
+                first = len(ids[k]) - len(kept[k]) if truncation_side == "sequence_start" else 0
+                of_whole = token_boundaries(text, offsets[k][start:], spans)
+                encoded[-1][f"{name}_boundaries"] = of_whole[first : first + len(kept[k]) + 1]
         tables.append(pa.Table.from_pylist(encoded, schema=schema))
     report = EncodeReport(
         rows=len(dataset),
@@ -274,7 +296,7 @@ def encode(
 
 def _render(fields: dict[str, Any], tokenizer: Any, row: int) -> tuple[bool, list[str]]:
     """Whether the texts hold their special tokens already, and the texts: the prompt, then prompt + each response."""
-    prompt, template_kwargs, *responses = fields["prompt"], fields.pop("template_kwargs"), *list(fields.values())[1:]
+    prompt, *responses = (value for name, value in fields.items() if name != "template_kwargs")
     if isinstance(prompt, str):
         eos = tokenizer.eos_token
         if not eos:
@@ -286,30 +308,71 @@ def _render(fields: dict[str, Any], tokenizer: Any, row: int) -> tuple[bool, lis
         )
     conversations = [(prompt, True), *((prompt + response, False) for response in responses)]
     try:
-        return True, [
-            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opening, **template_kwargs)
-            for messages, opening in conversations
-        ]
+        return True, [_apply_template(tokenizer, fields, *conversation) for conversation in conversations]
     except jinja2.TemplateError as error:
         raise ValueError(f"row {row}: the chat template does not take these messages: {error}") from error
 
 
-def _tokenize(rendered: list[tuple[bool, list[str]]], tokenizer: Any) -> list[list[list[int]]]:
-    """Ids of each row's texts; rows of text get the special tokens that the tokenizer adds by itself."""
-    ids: list[list[list[int]]] = []
+def _apply_template(tokenizer: Any, fields: dict[str, Any], messages: list[Message], opening: bool = False) -> str:
+    kwargs = fields["template_kwargs"]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opening, **kwargs)
+
+
+def _text_spans(fields: dict[str, Any], response: str, text: str, tokenizer: Any, row: int) -> list[tuple[int, int]]:
+    """(start, end) in the rendered conversation ``text`` of the text of each message of its response."""
+    prompt, messages = fields["prompt"], fields[response]
+    if isinstance(prompt, str):
+        return [(len(prompt), len(prompt) + len(messages))]
+    spans = []
+    for i, message in enumerate(messages):
+        if not isinstance(message.get("content"), str):
+            continue
+        # What stays the same with another text in its place is the template's.
+        probe = _apply_template(
+            tokenizer, fields, [*prompt, *messages[:i], message | {"content": _PROBE}, *messages[i + 1 :]]
+        )
+        start = _common_length(text, probe)
+        end = len(text) - _common_length(text[start:][::-1], probe[start:][::-1])
+        found, content = text[start:end].strip(), message["content"].strip()
+        if found != content:
+            raise ValueError(
+                f"row {row}: the chat template makes {found!r:.80} of the response's text {content!r:.80}, whose "
+                "characters then cannot be matched between tokenizers: use level sequence"
+            )
+        start += text[start:end].index(found)
+        spans.append((start, start + len(found)))
+    return spans
+
+
+def _tokenize(
+    rendered: list[tuple[bool, list[str]]], tokenizer: Any, offsets: bool
+) -> list[tuple[list[list[int]], list[list[tuple[int, int]]]]]:
+    """Ids of each row's texts and, where asked for, each token's place in its text.
+
+    Rows of text get the special tokens that the tokenizer adds by itself.
+    """
+    tokenized = []
     for templated, run in groupby(rendered, key=lambda item: item[0]):
         rows = [texts for _, texts in run]
         flat = [text for texts in rows for text in texts]
-        flat_ids = iter(tokenizer(flat, add_special_tokens=not templated, return_attention_mask=False)["input_ids"])
-        ids += [list(islice(flat_ids, len(texts))) for texts in rows]
-    return ids
+        encoding = tokenizer(
+            flat, add_special_tokens=not templated, return_attention_mask=False, return_offsets_mapping=offsets
+        )
+        ids, places = iter(encoding["input_ids"]), iter(encoding["offset_mapping"] if offsets else ())
+        tokenized += [(list(islice(ids, len(texts))), list(islice(places, len(texts)))) for texts in rows]
+    return tokenized
 
 
 def _split_sequences(prompt: list[int], sequences: list[list[int]]) -> list[list[int]]:
     """The prompt shared by all sequences, and each sequence's remainder."""
-    together = zip(prompt, *sequences, strict=False)
-    length = next((i for i, tokens in enumerate(together) if len(set(tokens)) > 1), min(map(len, (prompt, *sequences))))
+    length = _common_length(prompt, *sequences)
     return [prompt[:length], *(ids[length:] for ids in sequences)]
+
+
+def _common_length(*sequences: Sequence) -> int:
+    """Of the common beginning."""
+    together = enumerate(zip(*sequences, strict=False))
+    return next((i for i, items in together if len(set(items)) > 1), min(map(len, sequences)))
 
 
 def _nonempty_prompt(ids: list[list[int]], tokenizer: Any, row: int) -> list[list[int]]:
@@ -333,6 +396,67 @@ def _truncate(ids: list[list[int]], max_length: int, side: str, bos: int | None)
     if len(prompt) > room:
         prompt = [bos, *prompt[1:][len(prompt) - room :]] if prompt[0] == bos else prompt[-room:]
     return [prompt, *responses]
+
+
+@dataclass(frozen=True)
+class AlignReport:
+    """What :func:`align` found; printed, it is one line.
+
+    rows: rows of either side; kept: rows with a segment. segments: their number in the kept rows, and how many
+    strong_tokens and weak_tokens they hold. outside: strong tokens of the kept rows that are in none.
+    """
+
+    rows: int
+    kept: int
+    segments: int
+    strong_tokens: int
+    weak_tokens: int
+    outside: int
+
+    def __str__(self) -> str:
+        line = (
+            f"{self.segments:,} segments of {self.strong_tokens / max(self.segments, 1):.2f} policy tokens and "
+            f"{self.weak_tokens / max(self.segments, 1):.2f} weak tokens; {self.outside:,} policy tokens in none"
+        )
+        return line + (f"; {self.rows - self.kept} rows dropped without a segment" if self.kept < self.rows else "")
+
+
+def align(
+    strong: datasets.Dataset, weak: datasets.Dataset, response: str = "chosen"
+) -> tuple[datasets.Dataset, AlignReport]:
+    """Segments of one response of all rows that two tokenizers encoded: int64 ``row`` and the int32 lists ``strong``
+    and ``weak``, the segment of each token as :func:`shared_segments` numbers them.
+
+    Rows that either side lacks, or that share no segment, are left out.
+
+    Args:
+        strong, weak: the same dataset from :func:`encode` with ``boundaries``, by either tokenizer.
+
+    Raises:
+        ValueError: no row left.
+    """
+    column = f"{response}_boundaries"
+    other = dict(zip(weak["row"], weak[column], strict=True))
+    segments: dict[str, list] = {"row": [], "strong": [], "weak": []}
+    counts = dict.fromkeys(("segments", "strong_tokens", "weak_tokens", "outside"), 0)
+    for row, boundaries in zip(strong["row"], strong[column], strict=True):
+        if row not in other:
+            continue
+        sides = shared_segments(boundaries, other[row])
+        if not (found := int(sides[0].max()) + 1):
+            continue
+        inside = [int((side != NO_SEGMENT).sum()) for side in sides]
+        counts["segments"] += found
+        counts["strong_tokens"] += inside[0]
+        counts["weak_tokens"] += inside[1]
+        counts["outside"] += len(sides[0]) - inside[0]
+        for name, value in zip(segments, (row, sides[0].tolist(), sides[1].tolist()), strict=True):
+            segments[name].append(value)
+    report = AlignReport(rows=len({*strong["row"], *weak["row"]}), kept=len(segments["row"]), **counts)
+    if not report.kept:
+        raise ValueError("no row has a segment that both tokenizers have whole: is max_length too short?")
+    schema = pa.schema([("row", pa.int64()), *((side, pa.list_(pa.int32())) for side in ("strong", "weak"))])
+    return datasets.Dataset(pa.table(segments, schema)), report
 
 
 def add_sample_weights(encoded: datasets.Dataset, dataset: datasets.Dataset, column: str) -> datasets.Dataset:

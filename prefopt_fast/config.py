@@ -95,8 +95,10 @@ class ObjectiveOptions:
     )
     beta: float = _option("Strength of the implicit KL constraint (WPO's paper: 0.01).", 0.1)
     gamma: float | None = _option("WSPO: transfer strength (default 0.1). SimPO: target margin (default 0.5).")
-    level: Literal["token", "sequence"] = _option(
-        "WSPO: square per token (its code) or per sequence (its paper).", "token"
+    level: Literal["token", "sequence", "segment"] = _option(
+        "WSPO: square per token (its code), per sequence (its paper), or per segment between the characters where the "
+        "tokens of policy and weak models both end; the last two take weak models of another tokenizer.",
+        "token",
     )
     alignment: str = _option(f"WPO: what makes a token on-policy; one of {', '.join(ALIGNMENTS)}.", "sampled")
     clamp: bool = _option("WPO: limit a pair's weight to 1 (its code does, TRL does not).", True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +18,37 @@ from .batch import ResponseBatch
 from .config import TrainConfig
 from .policy import load_model
 from .scoring import LogprobStore, StoreKey, data_digest, model_digest, require_key, score
+from .segments import spread_over_segments
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+# Stored log-probs of another tokenizer's tokens, their row, and the number N of the policy's tokens → (N,).
+Spread = Callable[[Tensor, int, int], Tensor]
+
+
+def spread_mean(values: Tensor, row: int, length: int) -> Tensor:
+    """Every token gets the mean: all that sequence-level WSPO asks of a weak model."""
+    return values.mean().expand(length)
+
+
+class SegmentIds:
+    """The segments of the chosen responses' tokens, from :func:`prefopt_fast.batch.align`."""
+
+    def __init__(self, rows: datasets.Dataset):
+        self._rows = rows
+        self._positions = {row: position for position, row in enumerate(rows["row"])}
+
+    def packed(self, batch: ResponseBatch) -> Tensor:
+        """(N,) int64: the segment of each of the batch's chosen tokens, by the policy's tokenizer."""
+        return torch.cat([self._of(row, "strong") for row in batch.rows.tolist()])
+
+    def spread(self, values: Tensor, row: int, length: int) -> Tensor:
+        """Every segment gets its sum: all that segment-level WSPO asks of a weak model."""
+        return spread_over_segments(values, self._of(row, "weak"), self._of(row, "strong"))
+
+    def _of(self, row: int, side: str) -> Tensor:
+        return torch.tensor(self._rows[self._positions[row]][side])
 
 
 class FrozenLogprobs:
@@ -28,21 +56,20 @@ class FrozenLogprobs:
 
     Args:
         stores: of disjoint rows.
-        spread_mean: give every token of a response the mean of the stored log-probs, which may be those of another
-            tokenizer's tokens: all that sequence-level WSPO asks of a weak model.
+        spread: what makes values of the policy's tokens of stored ones of another tokenizer's.
     """
 
-    def __init__(self, stores: Sequence[LogprobStore], spread_mean: bool = False):
+    def __init__(self, stores: Sequence[LogprobStore], spread: Spread | None = None):
         self._stores = {int(row): store for store in stores for row in store.rows}
-        self._spread_mean = spread_mean
+        self._spread = spread
 
     def packed(self, batch: ResponseBatch) -> Tensor:
         """(N,) float32 in the order of the batch's response tokens, on the CPU as the batch is."""
         lengths = batch.cu_seqlens.diff().tolist()
         index = [(row, response) for response in batch.responses for row in batch.rows.tolist()]
         values = [self._stores[row][row, response] for row, response in index]
-        if self._spread_mean:
-            values = [value.mean().expand(length) for value, length in zip(values, lengths, strict=True)]
+        if self._spread is not None:
+            values = [self._spread(value, row, n) for value, (row, _), n in zip(values, index, lengths, strict=True)]
         for (row, response), value, length in zip(index, values, lengths, strict=True):
             if len(value) != length:
                 raise ValueError(f"row {row}, {response}: {len(value)} stored log-probs for {length} tokens")
@@ -58,7 +85,7 @@ def stored(store: LogprobStore, key: StoreKey, name: str) -> FrozenLogprobs:
     if store.key.tokenizer != key.tokenizer:
         raise ValueError(
             f"{name}_logprobs {store.path} was scored on the tokens of another tokenizer: give {name}_model in place "
-            "of the store, with level sequence"
+            "of the store, with level sequence or segment"
         )
     require_key(store.path, asdict(store.key), replace(key, model=store.key.model))
     return FrozenLogprobs([store])
@@ -71,7 +98,7 @@ def scored(
     config: TrainConfig,
     tokenizer: Any,
     accelerator: Accelerator,
-    spread_mean: bool = False,
+    spread: Spread | None = None,
 ) -> FrozenLogprobs:
     """Score the model ``source`` on ``encoded``, every process a share of it, or reuse the stores of an earlier run.
 
@@ -111,4 +138,4 @@ def scored(
             if torch.accelerator.is_available():
                 torch.accelerator.empty_cache()
     accelerator.wait_for_everyone()
-    return FrozenLogprobs([LogprobStore.open(path, share_key) for _, share_key, path in shares], spread_mean)
+    return FrozenLogprobs([LogprobStore.open(path, share_key) for _, share_key, path in shares], spread)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .segments import segment_means
 from .sequence_stats import SequenceLogprobs, require_tokens, segment_sum
 
 
@@ -230,6 +231,7 @@ def wspo_loss(
     mask: Tensor,  # (B, T)
     gamma: float = 0.1,
     level: str = "token",
+    segments: Tensor | None = None,  # (B, T)
 ) -> Tensor:
     """WSPO (arXiv 2410.18640): regress γ · (log π_θ − log π_ref) onto log π_weak-aligned − log π_weak-ref, (B,).
 
@@ -238,24 +240,35 @@ def wspo_loss(
         mask: bool, True at scored tokens.
         gamma: positive transfer strength.
         level: "token" for 1/|y| Σ_t (γ s_t − r_t)² (the authors' code), "sequence" for (1/|y| Σ_t (γ s_t − r_t))²
-            (the paper's formula).
+            (the paper's formula), "segment" for the token level with each residual replaced by its segment's mean: for
+            weak models of another tokenizer, derived in :mod:`prefopt_fast.segments`.
+        segments: at level "segment" alone, integers: the segment of each token from :func:`shared_segments`, -1 for
+            tokens that do not count. The weak log-probs are then those of :func:`spread_over_segments`.
 
     Raises:
         ValueError: an unknown level, shapes that do not fit, or (on the CPU) a sequence without a scored token.
     """
-    if level not in ("token", "sequence"):
-        raise ValueError(f'level must be "token" or "sequence"; found {level!r}')
+    if level not in ("token", "sequence", "segment"):
+        raise ValueError(f'level must be "token", "sequence" or "segment"; found {level!r}')
+    if (level == "segment") != (segments is not None):
+        found = "without" if segments is None else "with"
+        raise ValueError(f'level "segment" needs segments, and no other level takes them; found "{level}" {found} them')
     if not gamma > 0:
         raise ValueError(f"gamma must be positive, found {gamma}")
-    _require_one_shape(policy=policy, ref=ref, weak_aligned=weak_aligned, weak_ref=weak_ref, mask=mask)
-    length = segment_sum(mask.bool(), None)
+    _require_one_shape(
+        policy=policy, ref=ref, weak_aligned=weak_aligned, weak_ref=weak_ref, mask=mask, segments=segments
+    )
+    mask = mask.bool() if segments is None else mask.bool() & (segments >= 0)
+    length = segment_sum(mask, None)
     require_tokens(length)
     residual = gamma * (policy - ref.detach()) - (weak_aligned - weak_ref).detach()
     # where, not a product: what padding holds may be infinite.
-    residual = torch.where(mask.bool(), residual, 0.0)
-    if level == "token":
-        return residual.square().sum(-1) / length
-    return (residual.sum(-1) / length).square()
+    residual = torch.where(mask, residual, 0.0)
+    if level == "sequence":
+        return (residual.sum(-1) / length).square()
+    if segments is not None:
+        residual = segment_means(residual, segments, mask)
+    return residual.square().sum(-1) / length
 
 
 def kto_loss(

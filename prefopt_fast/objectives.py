@@ -145,18 +145,26 @@ def wspo(
     """WSPO on chosen responses.
 
     At sequence level the weak models' log-probs enter through their mean alone, so that a weak model of another
-    tokenizer takes part with that mean, spread over the policy's tokens.
+    tokenizer takes part with that mean, spread over the policy's tokens. At segment level ``frozen["segments"]`` (N,)
+    has the segment of each token; without it all models have one tokenizer, and each token is a segment.
     """
+    segments = frozen.get("segments")
+    if level == "segment" and segments is None:
+        level = "token"
     chosen = sequence_logprobs(stats, cu_seqlens)
     policy, mask = unpack(stats.logprobs, cu_seqlens)
     ref, aligned, weak = (unpack(frozen[name], cu_seqlens)[0] for name in ("ref", "weak_aligned", "weak_ref"))
-    loss = wspo_loss(policy, ref, aligned, weak, mask, gamma, level)
+    padded_segments = None if segments is None else unpack(segments, cu_seqlens)[0]
+    loss = wspo_loss(policy, ref, aligned, weak, mask, gamma, level, padded_segments)
     ratio = stats.logprobs.detach() - frozen["ref"]
     target = frozen["weak_aligned"] - frozen["weak_ref"]
+    length = chosen.length
+    if segments is not None:
+        ratio, length = torch.where(segments >= 0, ratio, 0.0), segment_sum(segments >= 0, cu_seqlens)
     metrics = {
         "wspo/residual": loss.detach().sqrt(),
-        "wspo/log_ratio": gamma * segment_sum(ratio, cu_seqlens) / chosen.length,
-        "wspo/target": segment_sum(target, cu_seqlens) / chosen.length,
+        "wspo/log_ratio": gamma * segment_sum(ratio, cu_seqlens) / length,
+        "wspo/target": segment_sum(target, cu_seqlens) / length,
         "logps/chosen": chosen.sum.detach(),
     }
     return _add_sft(loss, chosen, sft_weight), metrics

@@ -26,10 +26,10 @@ from tqdm import tqdm
 from transformers import SchedulerType, get_scheduler
 
 from . import checkpoint
-from .batch import RESPONSES, add_sample_weights, collate, encode, load_preferences
+from .batch import RESPONSES, add_sample_weights, align, collate, encode, load_preferences
 from .checkpoint import TEMPORARY
 from .config import FROZEN_MODELS, TrainConfig
-from .frozen import FrozenLogprobs, scored, stored
+from .frozen import FrozenLogprobs, SegmentIds, scored, spread_mean, stored
 from .metrics import EVAL, MetricsLog, Sums, draw_curves, peak_memory, summarize
 from .objectives import Objective, make_objective
 from .policy import ResponseModel, is_adapter, load_model, load_tokenizer
@@ -56,20 +56,22 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Pairs(NamedTuple):
-    """Encoded rows, and the same rows in the weak models' own tokens where their tokenizer is another."""
+    """Encoded rows; where the weak models' tokenizer is another, the same rows in their tokens; at segment level, the
+    segments that both share."""
 
     encoded: datasets.Dataset
     weak: datasets.Dataset | None = None
+    segments: datasets.Dataset | None = None
 
     def select(self, positions: list[int]) -> Pairs:
         return Pairs(*(rows and rows.select(positions) for rows in self))
 
 
 class Split(NamedTuple):
-    """What a loop runs over: encoded rows, and each frozen model's log-probs of them."""
+    """What a loop runs over: encoded rows, each frozen model's log-probs of them and, maybe, their "segments"."""
 
     encoded: datasets.Dataset
-    frozen: dict[str, FrozenLogprobs]
+    frozen: dict[str, FrozenLogprobs | SegmentIds]
 
 
 class BatchPlan(NamedTuple):
@@ -147,6 +149,8 @@ def train(config: TrainConfig) -> Path:
         # As text: their own digits, which JSON keeps.
         weights = [split and split.encoded["sample_weight"][:] for split in (pairs, eval_pairs)]
         identity["sample_weights"] = hashlib.sha256(json.dumps(weights).encode()).hexdigest()
+    # The weak models' tokens decide what is regressed on, and their digests say nothing of their tokenizer.
+    identity |= {f"{name}_data": pairs[i] and data_digest(pairs[i]) for i, name in ((1, "weak"), (2, "segments"))}
     identity |= {name: model_digest(source) for name, source in sources.items()}
     identity |= {name: store.key.model for name, store in stores.items()}
     with accelerator.main_process_first():
@@ -155,13 +159,17 @@ def train(config: TrainConfig) -> Path:
         accelerator.print(f"{output_dir} holds this run, finished after {plan.steps} steps: nothing to do")
         return output_dir
 
-    def freeze(pairs: Pairs) -> dict[str, FrozenLogprobs]:
-        result = {name: frozen[name] for name in objective.frozen if name in frozen}
+    def freeze(pairs: Pairs) -> dict[str, FrozenLogprobs | SegmentIds]:
+        result: dict[str, Any] = {name: frozen[name] for name in objective.frozen if name in frozen}
+        if pairs.segments is not None:
+            result["segments"] = SegmentIds(pairs.segments)
         for name, source in sources.items():
-            own_tokens = pairs.weak is not None and name != "ref"
-            rows, its_tokenizer = (pairs.weak, weak_tokenizer) if own_tokens else (pairs.encoded, tokenizer)
+            rows, its_tokenizer, spread = pairs.encoded, tokenizer, None
+            if pairs.weak is not None and name != "ref":
+                rows, its_tokenizer = pairs.weak, weak_tokenizer
+                spread = result["segments"].spread if "segments" in result else spread_mean
             own_key = StoreKey.of(source, its_tokenizer, rows, config.max_length, config.truncation_side)
-            result[name] = scored(source, rows, own_key, config, its_tokenizer, accelerator, own_tokens)
+            result[name] = scored(source, rows, own_key, config, its_tokenizer, accelerator, spread)
         return result
 
     visited = {positions[i] for batch in plan.batches() for i in batch}
@@ -444,24 +452,31 @@ def _frozen_source(config: TrainConfig, name: str) -> str:
 
 
 def _weak_tokenizer(config: TrainConfig, tokenizer: Any) -> Any | None:
-    """The weak models' tokenizer where its vocabulary is not the policy's, else None."""
+    """The aligned weak model's tokenizer where it makes other tokens of a conversation than the policy's, else None.
+
+    At token level all models score the policy's tokens. So do weak models of its vocabulary that have no chat template
+    of their own, and those of which one is a store.
+    """
     sources = [source for name in FROZEN_MODELS[1:] if (source := getattr(config, f"{name}_model"))]
     others = {source: load_tokenizer(source, config.trust_remote_code) for source in sources}
+    vocabulary = tokenizer.get_vocab()
     ref = load_tokenizer(config.ref_model, config.trust_remote_code) if config.ref_model else tokenizer
-    if ref.get_vocab() != tokenizer.get_vocab():
+    if ref.get_vocab() != vocabulary:
         raise ValueError(f"ref_model {config.ref_model} has another tokenizer than model {config.model}")
-    foreign = [source for source, other in others.items() if other.get_vocab() != tokenizer.get_vocab()]
-    if not foreign:
-        return None
-    if config.level == "token":
+    foreign = [source for source, other in others.items() if other.get_vocab() != vocabulary]
+    if foreign and config.level == "token":
         raise ValueError(
             f"level token compares log-probs token by token, and {foreign[0]} has another tokenizer than "
-            f"{config.model}: use level sequence, which compares means over each response"
+            f"{config.model}: use level sequence, which compares means over each response, or level segment, which "
+            "compares sums over the text between characters where both tokenizers have a boundary"
         )
-    first = others[foreign[0]]
-    if len(others) < 2 or any(other.get_vocab() != first.get_vocab() for other in others.values()):
+    both = [getattr(config, f"{name}_model") for name in FROZEN_MODELS[1:]]
+    if foreign and (None in both or others[both[0]].get_vocab() != others[both[1]].get_vocab()):
         raise ValueError("weak_aligned_model and weak_ref_model must have one tokenizer, and both be given as models")
-    return first
+    if config.level == "token" or None in both:
+        return None
+    weak = others[both[0]]
+    return weak if foreign or weak.chat_template not in (None, tokenizer.chat_template) else None
 
 
 def _load_pairs(
@@ -473,16 +488,26 @@ def _load_pairs(
     accelerator: Accelerator,
 ) -> Pairs:
     rows = load_preferences(source, config.dataset_split)
-    encoded, report = encode(rows, tokenizer, config.max_length, config.truncation_side, responses)
+    limits = (config.max_length, config.truncation_side, responses)
+    # WSPO reads chosen responses alone.
+    boundaries = RESPONSES[:1] if weak_tokenizer is not None and config.level == "segment" else ()
+    encoded, report = encode(rows, tokenizer, *limits, boundaries)
     accelerator.print(f"{source}: {report}")
     if config.sample_weight_column:
         encoded = add_sample_weights(encoded, rows, config.sample_weight_column)
     if weak_tokenizer is None:
         return Pairs(encoded)
-    weak, report = encode(rows, weak_tokenizer, config.max_length, config.truncation_side, responses)
+    weak, report = encode(rows, weak_tokenizer, *limits, boundaries)
     accelerator.print(f"{source} in the weak models' tokens: {report}")
-    shared = set(encoded["row"]) & set(weak["row"])
-    return Pairs(*(side.select([i for i, row in enumerate(side["row"]) if row in shared]) for side in (encoded, weak)))
+    segments = None
+    if boundaries:
+        segments, aligned = align(encoded, weak)
+        accelerator.print(f"{source}: {aligned}")
+        # The keys of stores are of tokens alone.
+        encoded, weak = (side.remove_columns("chosen_boundaries") for side in (encoded, weak))
+    shared = set(encoded["row"]) & set(weak["row"]) if segments is None else set(segments["row"])
+    sides = (side.select([i for i, row in enumerate(side["row"]) if row in shared]) for side in (encoded, weak))
+    return Pairs(*sides, segments)
 
 
 def _hold_out(config: TrainConfig, count: int) -> tuple[list[int], list[int]]:

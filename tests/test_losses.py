@@ -256,7 +256,10 @@ def test_kto_by_hand():
             r"shapes must be equal, found chosen \(2,\), .*ref_rejected \(1,\)",
         ),
         (lambda s, t: pf.wpo_loss(s, s, s, s, torch.ones(2), torch.ones(3)), r"rejected_weight \(3,\)"),
-        (lambda s, t: pf.wspo_loss(*[torch.zeros(2, 3)] * 5, level="word"), 'level must be "token" or "sequence"'),
+        (
+            lambda s, t: pf.wspo_loss(*[torch.zeros(2, 3)] * 5, level="word"),
+            'level must be .* or "segment"; found \'word',
+        ),
         (lambda s, t: pf.wspo_loss(*[torch.zeros(2, 3)] * 4, torch.ones(2, 4)), r"mask \(2, 4\)"),
         (lambda s, t: pf.wspo_loss(*[torch.zeros(2, 3)] * 4, torch.tensor([[1.0] * 3, [0.0] * 3])), r"sequences \[1\]"),
         (lambda s, t: pf.wspo_loss(*[torch.zeros(2, 3)] * 4, torch.ones(2, 3), gamma=0), "gamma must be positive"),
