@@ -7,7 +7,7 @@ publishes a package of that name and transformers probes for it.
 from setuptools import setup
 
 setup(
-    packages=["prefopt_fast", "prefopt_fast.kernels", "prefopt_fast.reference"],
+    packages=["prefopt_fast", "prefopt_fast.integrations", "prefopt_fast.kernels", "prefopt_fast.reference"],
     package_dir={
         "prefopt_fast": "prefopt_fast",
         "prefopt_fast.kernels": "kernels",
