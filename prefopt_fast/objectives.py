@@ -84,7 +84,8 @@ def _checked(objective: Objective) -> Objective:
     """One token per sequence through the loss: what it has to say against its hyperparameters comes before any work."""
     tokens = torch.full((len(objective.responses),), -1.0)
     stats = TokenStats(tokens, tokens < 0, log_sum_sq_probs=tokens, max_logprob=tokens)
-    objective.function(stats, torch.arange(len(tokens) + 1), dict.fromkeys(objective.frozen, tokens))
+    frozen = dict.fromkeys(objective.frozen, tokens) | {"segments": torch.zeros(len(tokens), dtype=torch.long)}
+    objective.function(stats, torch.arange(len(tokens) + 1), frozen)
     return objective
 
 
@@ -145,12 +146,10 @@ def wspo(
     """WSPO on chosen responses.
 
     At sequence level the weak models' log-probs enter through their mean alone, so that a weak model of another
-    tokenizer takes part with that mean, spread over the policy's tokens. At segment level ``frozen["segments"]`` (N,)
-    has the segment of each token; without it all models have one tokenizer, and each token is a segment.
+    tokenizer takes part with that mean, spread over the policy's tokens. At segment level ``frozen["segments"]``
+    (N,) has the segment of each token.
     """
-    segments = frozen.get("segments")
-    if level == "segment" and segments is None:
-        level = "token"
+    segments = frozen.get("segments") if level == "segment" else None
     chosen = sequence_logprobs(stats, cu_seqlens)
     policy, mask = unpack(stats.logprobs, cu_seqlens)
     ref, aligned, weak = (unpack(frozen[name], cu_seqlens)[0] for name in ("ref", "weak_aligned", "weak_ref"))

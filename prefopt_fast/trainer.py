@@ -127,6 +127,8 @@ def train(config: TrainConfig) -> Path:
         raise ValueError(f"{config.model} is a PEFT adapter: merge it into its base to train on from it")
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
     weak_tokenizer = _weak_tokenizer(config, tokenizer)
+    if config.level == "segment" and weak_tokenizer is None:
+        objective = make_objective(dataclasses.replace(config, level="token"))  # each token is a segment
     stores = {name: LogprobStore.open(path) for name in FROZEN_MODELS if (path := getattr(config, f"{name}_logprobs"))}
     # A store is of the data as it was encoded for it: with the responses that were scored.
     responses = next(iter(stores.values())).responses if stores else objective.responses
@@ -506,8 +508,8 @@ def _load_pairs(
         # The keys of stores are of tokens alone.
         encoded, weak = (side.remove_columns("chosen_boundaries") for side in (encoded, weak))
     shared = set(encoded["row"]) & set(weak["row"]) if segments is None else set(segments["row"])
-    sides = (side.select([i for i, row in enumerate(side["row"]) if row in shared]) for side in (encoded, weak))
-    return Pairs(*sides, segments)
+    encoded, weak = (side.select([i for i, row in enumerate(side["row"]) if row in shared]) for side in (encoded, weak))
+    return Pairs(encoded, weak, segments)
 
 
 def _hold_out(config: TrainConfig, count: int) -> tuple[list[int], list[int]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -441,6 +443,27 @@ def test_segment_level_with_one_tokenizer_is_the_token_level(run_options: dict[s
     for level in ("token", "segment"):
         trainer.train(TrainConfig(**options | {"level": level}, output_dir=str(tmp_path / level)))
     assert tiny.read_metrics(tmp_path / "token") == tiny.read_metrics(tmp_path / "segment")
+
+
+def test_the_example_computes_what_train_does(
+    run_options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Its first loss, on the first row, is that of a run on that row."""
+    names = ("model", "weak_aligned_model", "weak_ref_model", "max_length", "gamma")
+    rows = json.loads(Path(run_options["dataset"]).read_text())[:2]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "row.json").write_text(json.dumps(rows[:1]))
+    options = {name: run_options[name] for name in names} | {"dataset": str(tmp_path / "rows.json")}
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    monkeypatch.setattr(sys, "argv", ["example", *flags, f"--output-dir={tmp_path / 'out'}"])
+    runpy.run_path(str(Path(__file__).parent.parent / "examples" / "wspo_across_tokenizers.py"), run_name="__main__")
+    printed = capsys.readouterr().out.splitlines()
+    assert "segments of" in printed[0] and len(printed) == 3
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+    options |= {"dataset": str(tmp_path / "row.json"), "objective": "wspo", "level": "segment", "max_steps": 1}
+    trainer.train(TrainConfig(**options, output_dir=str(tmp_path / "train")))
+    assert float(printed[1].split()[-1]) == pytest.approx(tiny.read_metrics(tmp_path / "train")[0]["loss"], abs=1e-4)
 
 
 def test_models_that_do_not_fit_are_refused_before_any_work(run_options: dict[str, Any], tmp_path: Path) -> None:
