@@ -405,6 +405,10 @@ def test_an_interrupted_run_goes_on_and_another_tokenizer_is_another_run(
     assert tiny.read_metrics(tmp_path / "out") == tiny.read_metrics(tmp_path / "whole")
     stores = {store.name for store in (tmp_path / "logprobs").iterdir()}
 
+    # Stores are of tokens: another level finds them there.
+    trainer.train(TrainConfig(**options | {"level": "sequence"}, output_dir=str(tmp_path / "sequence")))
+    assert stores == {store.name for store in (tmp_path / "logprobs").iterdir()}
+
     # The same weights with another template: other tokens of the same texts, another store, another run.
     weak = load_tokenizer(options["weak_aligned_model"])
     weak.chat_template = TURNS.replace("'['", "'('")
