@@ -1,18 +1,25 @@
-"""A training step of WPO, ours against TRL's DPOTrainer with use_weighting=True: seconds, tokens per second, memory.
+"""A training step of WPO in four loops: TRL as it is, TRL on our operator, our trainer in TRL, and our own loop.
 
-Both train the same pairs (one epoch of exactly those, whose tokens are the same whatever the order), with the same
-truncation, batch size, fp32 weights and arithmetic, without gradient checkpointing, each in a process of its own.
-TRL keeps the reference model in memory and runs it every step, or with "trl-precomputed" runs it over all pairs first,
-as ours does; the time of the whole command, loading included, is what compares those.
+All train the same pairs (one epoch of exactly those, whose tokens are the same whatever the order), with the same
+truncation, batch size, fp32 weights and arithmetic, pair weights that are not clamped, without gradient checkpointing,
+each in a process of its own, one after the other in every round. Seconds and memory are medians over the rounds,
+seconds step by step.
+TRL and our trainer in it keep the reference model in memory and run it every step; our loop runs it over all pairs
+first, as TRL does with "trl-precomputed". The time of the whole command, loading included, is what compares those.
 
-    python benchmarks/bench_train_step.py --model FOLDER --data pairs.json --steps 4
+Memory is the process's peak less what it had before loading anything, and less the policy's weights and Adam's two
+moments, which no loop can do without.
+
+    python benchmarks/bench_train_step.py --model FOLDER --data pairs.json
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -23,19 +30,27 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 RESULTS = Path(__file__).parent / "results"
 TRAINERS = {
     "ours": "prefopt_fast train",
+    "ours-in-trl": "WPOTrainer",
+    "trl-fast": "TRL DPOTrainer, use_fast_logprobs",
     "trl": "TRL DPOTrainer",
     "trl-precomputed": "TRL DPOTrainer, precompute_ref_log_probs",
     "trl-defaults": "TRL DPOTrainer, its defaults (bf16, gradient checkpointing)",
 }
 
 
+SHORT = {"rounds": 1, "steps": 1, "batch_size": 1, "max_length": 32}
+
+
 @dataclass
 class Result:
     """step_seconds: of each step. wall_seconds: of the whole command. tokens: real ones of all steps, prompts included.
-    peak_rss: bytes. absent: why there is no measurement."""
+    peak_rss, extra_memory: bytes, the latter above model and optimizer (0: not measured). absent: why there is no
+    measurement."""
 
     name: str
     step_seconds: list[float]
@@ -44,40 +59,69 @@ class Result:
     peak_rss: int = 0
     loss: float | None = None
     absent: str | None = None
+    extra_memory: int = 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / sum(self.step_seconds)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=os.environ.get("PREFOPT_FAST_MODEL"), help="folder or hub id")
     parser.add_argument("--data", default=os.environ.get("PREFOPT_FAST_DATA"), help="preference pairs")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=2, help="pairs")
     parser.add_argument("--max-length", type=int, default=1024)
-    parser.add_argument("--trainers", nargs="+", choices=TRAINERS, default=["ours", "trl", "trl-precomputed"])
+    parser.add_argument("--trainers", nargs="+", choices=TRAINERS, default=list(TRAINERS)[:4])
+    parser.add_argument("--short", action="store_true", help="one step of one short pair: to test the benchmark itself")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not options.model or not options.data:
         parser.error("--model and --data are needed (or PREFOPT_FAST_MODEL and PREFOPT_FAST_DATA)")
+    if options.short:
+        vars(options).update(SHORT)
     if options.worker:
-        run_trl(options)
+        work(options)
         return
     from report import environment
 
     options.output.mkdir(parents=True, exist_ok=True)
-    settings = {name: getattr(options, name) for name in ("steps", "batch_size", "max_length")}
+    settings = {name: getattr(options, name) for name in SHORT}
     settings["model"], settings["data"] = Path(options.model).name, Path(options.data).name
     results: dict[str, Any] = {"environment": environment("cpu"), "settings": settings, "trainers": []}
+    rounds: dict[str, list[Result]] = {name: [] for name in options.trainers}
     with tempfile.TemporaryDirectory() as scratch:
         pairs = Path(scratch) / "pairs.jsonl"
         write_pairs(options, pairs)
-        for name in options.trainers:
-            folder = Path(scratch) / name
-            found = measure(name, options, pairs, folder)
-            results["trainers"].append(asdict(found))
-            (options.output / "train_step.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-            print(found.absent or f"{found.name}: {statistics.median(found.step_seconds):.1f} s per step", flush=True)
+        for number in range(options.rounds):
+            for name in options.trainers:
+                found = measure(name, options, pairs, Path(scratch) / f"{name}-{number}")
+                rounds[name].append(found)
+                results["trainers"] = [asdict(median(runs)) for runs in rounds.values() if runs]
+                results["rounds"] = {name: [asdict(run) for run in runs] for name, runs in rounds.items()}
+                text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
+                (options.output / "train_step.json").write_text(text)
+                said = found.absent or f"{found.tokens_per_second:.0f} tokens/s in the steps"
+                print(f"round {number + 1}, {found.name}: {said}", flush=True)
     print(markdown(results))
+
+
+def median(runs: list[Result]) -> Result:
+    """Medians over rounds; a trainer that failed in one of them is absent."""
+    if failed := [run for run in runs if run.absent]:
+        return failed[0]
+    return Result(
+        runs[0].name,
+        [statistics.median(seconds) for seconds in zip(*(run.step_seconds for run in runs), strict=True)],
+        statistics.median(run.wall_seconds for run in runs),
+        runs[0].tokens,
+        int(statistics.median(run.peak_rss for run in runs)),
+        runs[0].loss,
+        extra_memory=int(statistics.median(run.extra_memory for run in runs)),
+    )
 
 
 def write_pairs(options: argparse.Namespace, path: Path) -> None:
@@ -98,19 +142,12 @@ def write_pairs(options: argparse.Namespace, path: Path) -> None:
 
 
 def measure(name: str, options: argparse.Namespace, pairs: Path, folder: Path) -> Result:
-    common = ["--model", options.model, "--max-length", str(options.max_length)]
-    if name == "ours":
-        command = [
-            *(sys.executable, "-m", "prefopt_fast", "train", "--objective", "wpo", *common),
-            *("--dataset", str(pairs), "--truncation-side", "sequence_end", "--max-steps", str(options.steps)),
-            *("--per-device-train-batch-size", str(options.batch_size), "--save-steps", "0"),
-            *("--output-dir", str(folder)),
-        ]
-    else:
-        command = [
-            *(sys.executable, __file__, "--worker", name, *common, "--data", str(pairs), "--output", str(folder)),
-            *("--steps", str(options.steps), "--batch-size", str(options.batch_size)),
-        ]
+    """One run in a process of its own."""
+    sizes = ("--steps", str(options.steps), "--batch-size", str(options.batch_size))
+    command = [
+        *(sys.executable, __file__, "--worker", name, "--model", options.model, "--data", str(pairs), *sizes),
+        *("--max-length", str(options.max_length), "--output", str(folder)),
+    ]
     start = time.perf_counter()
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
@@ -122,23 +159,57 @@ def measure(name: str, options: argparse.Namespace, pairs: Path, folder: Path) -
     if process.returncode:
         result.absent = f"exit status {process.returncode}: {lines[-1] if lines else ''}"
         return result
-    if name == "ours":
-        steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        result.step_seconds = [step["seconds"] for step in steps]
-        result.tokens = sum(step["tokens_per_second"] * step["seconds"] for step in steps)
-        result.loss = statistics.mean(step["loss"] for step in steps)
-    else:
-        found = json.loads((folder / "result.json").read_text())
-        result.step_seconds, result.tokens, result.loss = found["step_seconds"], found["tokens"], found["loss"]
+    found = json.loads((folder / "result.json").read_text())
+    result.step_seconds, result.tokens, result.loss = found["step_seconds"], found["tokens"], found["loss"]
+    result.extra_memory = result.peak_rss - found["rss_before"] - 3 * 4 * found["parameters"]
     return result
 
 
-def run_trl(options: argparse.Namespace) -> None:
-    """In a process of its own: train, and write the steps' seconds."""
+def work(options: argparse.Namespace) -> None:
+    """In a process of its own: train, and write result.json."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(options.model))
+    result = {"parameters": model.num_parameters(), **(run_ours if options.worker == "ours" else run_trl)(options)}
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "result.json").write_text(json.dumps(result))
+
+
+def run_ours(options: argparse.Namespace) -> dict[str, Any]:
+    from prefopt_fast.config import TrainConfig
+    from prefopt_fast.trainer import train
+
+    before = peak_rss()
+    train(
+        TrainConfig(
+            model=options.model,
+            dataset=options.data,
+            output_dir=str(options.output / "run"),
+            objective="wpo",
+            clamp=False,
+            max_length=options.max_length,
+            truncation_side="sequence_end",
+            per_device_train_batch_size=options.batch_size,
+            max_steps=options.steps,
+            save_steps=0,
+        )
+    )
+    steps = [json.loads(line) for line in (options.output / "run" / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "rss_before": before,
+        "step_seconds": [step["seconds"] for step in steps],
+        "tokens": sum(step["tokens_per_second"] * step["seconds"] for step in steps),
+        "loss": statistics.mean(step["loss"] for step in steps),
+    }
+
+
+def run_trl(options: argparse.Namespace) -> dict[str, Any]:
     import datasets
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer
+
+    from prefopt_fast.integrations.trl import WPOConfig, WPOTrainer, use_fast_logprobs
 
     class Clock(TrainerCallback):
         def __init__(self) -> None:
@@ -150,36 +221,48 @@ def run_trl(options: argparse.Namespace) -> None:
         def on_step_end(self, *_: Any, **__: Any) -> None:
             self.seconds.append(time.perf_counter() - self.start)
 
-    defaults = options.worker == "trl-defaults"
-    config = DPOConfig(
-        output_dir=str(options.output),
-        use_weighting=True,
+    before = peak_rss()
+    name = options.worker
+    trainer_class, config_class, own = DPOTrainer, DPOConfig, {"use_weighting": True}
+    if name == "ours-in-trl":
+        trainer_class, config_class, own = WPOTrainer, WPOConfig, {"clamp": False}
+    config = config_class(
+        output_dir=str(options.output / "run"),
         max_length=options.max_length,
         per_device_train_batch_size=options.batch_size,
         max_steps=options.steps,
         learning_rate=1e-6,
         use_cpu=True,
-        bf16=defaults,
-        gradient_checkpointing=defaults,
-        precompute_ref_log_probs=options.worker == "trl-precomputed",
+        bf16=name == "trl-defaults",
+        gradient_checkpointing=name == "trl-defaults",
+        precompute_ref_log_probs=name == "trl-precomputed",
         save_strategy="no",
         report_to="none",
         logging_steps=1,
+        **own,
     )
     clock = Clock()
-    trainer = DPOTrainer(
+    trainer = trainer_class(
         model=AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32),
         args=config,
         train_dataset=datasets.load_dataset("json", data_files=options.data, split="train"),
         processing_class=AutoTokenizer.from_pretrained(options.model),
         callbacks=[clock],
     )
-    trainer.train()
+    with use_fast_logprobs() if name == "trl-fast" else contextlib.nullcontext():
+        trainer.train()
     logged = [line for line in trainer.state.log_history if "num_tokens" in line]
-    losses = [line["loss"] for line in logged if "loss" in line]
-    result = {"step_seconds": clock.seconds, "tokens": logged[-1]["num_tokens"], "loss": statistics.mean(losses)}
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "result.json").write_text(json.dumps(result))
+    return {
+        "rss_before": before,
+        "step_seconds": clock.seconds,
+        "tokens": logged[-1]["num_tokens"],
+        "loss": statistics.mean(line["loss"] for line in logged if "loss" in line),
+    }
+
+
+def peak_rss() -> int:
+    """Bytes this process has had at most so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def markdown(results: Mapping[str, Any]) -> str:
@@ -188,19 +271,26 @@ def markdown(results: Mapping[str, Any]) -> str:
         "## A training step of WPO",
         "",
         f"{settings['model']} on {settings['data']}: {settings['steps']} steps of {settings['batch_size']} pairs, "
-        f"max_length {settings['max_length']}, fp32; {env['device']}, {env['threads']} threads, {env['date']}.",
+        f"max_length {settings['max_length']}, fp32, medians of {settings.get('rounds', 1)} rounds; {env['device']}, "
+        f"{env['threads']} threads, {env['date']}.",
         "",
-        "| | seconds per step | tokens/s in the steps | the whole command | tokens/s over it | peak RSS | mean loss |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| | seconds per step | tokens/s in the steps | the whole command | tokens/s over it | peak RSS | mean loss | "
+        "times TRL's tokens/s | memory above model and optimizer | times TRL's |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for row in (Result(**row) for row in results["trainers"]):
+    rows = [Result(**row) for row in results["trainers"]]
+    trl = next((row for row in rows if row.name == TRAINERS["trl"] and not row.absent), None)
+    for row in rows:
         if row.absent:
-            lines.append(f"| {row.name} | absent: {row.absent} | | | | | |")
+            lines.append(f"| {row.name} | absent: {row.absent} | | | | | | | | |")
             continue
+        speed = f"{row.tokens_per_second / trl.tokens_per_second:.2f}" if trl else ""
+        memory = f"{row.extra_memory / 2**30:.2f} GiB" if row.extra_memory else "not measured"
+        ratio = f"{row.extra_memory / trl.extra_memory:.2f}" if trl and trl.extra_memory else ""
         lines.append(
-            f"| {row.name} | {statistics.median(row.step_seconds):.1f} | {row.tokens / sum(row.step_seconds):.0f} | "
+            f"| {row.name} | {statistics.median(row.step_seconds):.1f} | {row.tokens_per_second:.0f} | "
             f"{row.wall_seconds:.0f} s | {row.tokens / row.wall_seconds:.0f} | {row.peak_rss / 2**30:.2f} GiB | "
-            f"{row.loss:.4f} |"
+            f"{row.loss:.4f} | {speed} | {memory} | {ratio} |"
         )
     return "\n".join(lines)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import runpy
@@ -438,3 +439,31 @@ def test_examples(name: str, inputs: dict[str, Any], tmp_path: Path, monkeypatch
     monkeypatch.setattr(sys, "argv", [name, *(f"--{flag}={value}" for flag, value in flags.items())])
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     assert (tmp_path / "model.safetensors").is_file()
+
+
+def test_train_step_benchmark(
+    inputs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Its four loops train the same pairs to the same loss; here in one process, where memory means nothing.
+
+    Our loop writes its tokens per second and its rounded seconds, not its tokens.
+    """
+    monkeypatch.syspath_prepend(str(EXAMPLES.parent / "benchmarks"))
+    bench = importlib.import_module("bench_train_step")
+
+    def measure(name: str, options: argparse.Namespace, pairs: Path, folder: Path) -> Any:
+        bench.work(argparse.Namespace(**vars(options) | {"worker": name, "data": str(pairs), "output": folder}))
+        found = json.loads((folder / "result.json").read_text())
+        assert found["parameters"] == sum(p.numel() for p in load_model(inputs["model"]).parameters())
+        return bench.Result(bench.TRAINERS[name], found["step_seconds"], 1.0, found["tokens"], 2**30, found["loss"])
+
+    monkeypatch.setattr(bench, "measure", measure)
+    flags = ["--short", "--model", inputs["model"], "--data", inputs["file"], "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["bench_train_step.py", *flags])
+    bench.main()
+    trainers = json.loads((tmp_path / "train_step.json").read_text())["trainers"]
+    assert [row["name"] for row in trainers] == list(bench.TRAINERS.values())[:4]
+    for row in trainers:
+        assert row["absent"] is None and row["tokens"] == pytest.approx(trainers[0]["tokens"], rel=0.1)
+        assert row["loss"] == pytest.approx(trainers[0]["loss"], rel=1e-4)
+    assert capsys.readouterr().out.count("| not measured |") == 4
