@@ -171,6 +171,7 @@ class WSPOLoss(_ResponseLoss):
         backend: str = "auto",
     ):
         super().__init__(wspo_objective(gamma, level, sft_weight), ignore_index, grad_tolerance, backend)
+        self.level = level
 
     def forward(
         self,
@@ -182,20 +183,28 @@ class WSPOLoss(_ResponseLoss):
         weak_ref_logps: Tensor,  # of targets' shape
         cu_seqlens: Tensor | None = None,  # (B + 1,)
         sample_weight: Tensor | None = None,  # (B,)
+        segments: Tensor | None = None,  # of targets' shape
     ) -> Output:
         """Mean loss over the B chosen responses and metrics, see :meth:`PreferenceLoss.forward`.
 
         ``ref_logps``, ``weak_aligned_logps`` and ``weak_ref_logps`` are log-probs of the targets' tokens, such as
-        :func:`prefopt_fast.token_logprobs` gives, and any value where a target is ignored.
+        :func:`prefopt_fast.token_logprobs` gives, and any value where a target is ignored; ``segments`` goes with level
+        "segment", as in :func:`prefopt_fast.wspo_loss`.
 
         Raises:
             ValueError: what :func:`prefopt_fast.token_logprobs` raises, and shapes that do not fit.
         """
+        if (segments is None) == (self.level == "segment"):
+            found = "without" if segments is None else "with"
+            raise ValueError(f'segments go with level "segment"; found level {self.level!r} {found} segments')
         frozen = {"ref": ref_logps, "weak_aligned": weak_aligned_logps, "weak_ref": weak_ref_logps}
+        if segments is not None:
+            frozen["segments"] = segments
         for name, value in frozen.items():
             if value.shape != targets.shape:
                 raise ValueError(
-                    f"{name}_logps must have targets' shape {tuple(targets.shape)}, found {tuple(value.shape)}"
+                    f"log-probs and segments must have targets' shape {tuple(targets.shape)}, found {name} "
+                    f"{tuple(value.shape)}"
                 )
         return self._loss(hidden, head, targets, frozen, cu_seqlens, sample_weight)
 

@@ -14,7 +14,6 @@ from conftest import make_problem, relative_error
 from torch import Tensor
 
 import prefopt_fast as pf
-from prefopt_fast.sequence_stats import unpack
 
 VOCAB, HIDDEN, T = 37, 12, 7
 LENGTHS = (7, 3, 1, 5, 2, 7)  # of three chosen and three rejected responses
@@ -120,7 +119,10 @@ def test_wspo_against_full_logits(level: str) -> None:
     arguments = [pack(x, targets)[0] for x in (targets, *frozen)]
     again, _ = criterion(packed, head, arguments[0], *arguments[1:], cu_seqlens=cu_seqlens)
     torch.testing.assert_close(again, ours[0])
-    assert unpack(arguments[0], cu_seqlens)[0].shape == (6, T)
+    if level == "token":  # a segment for each token
+        each = torch.arange(T).expand(6, T)
+        again, _ = pf.WSPOLoss(0.4, "segment", sft_weight=0.5)(hidden, head, targets, *frozen, segments=each)
+        torch.testing.assert_close(again, ours[0])
 
 
 def test_an_inexact_gradient_draws_its_columns_with_torch() -> None:
@@ -156,7 +158,8 @@ def test_an_inexact_gradient_draws_its_columns_with_torch() -> None:
         (lambda h, w, t: pf.PreferenceLoss()(h[:5], w, t[:5], torch.zeros(5)), "found 5 sequences"),
         (lambda h, w, t: pf.PreferenceLoss()(h, w, t[:4], torch.zeros(4)), r"hidden \(6, 7, 12\) must be targets"),
         (lambda h, w, t: pf.PreferenceLoss("simpo")(h, w, t, sample_weight=torch.ones(6)), r"sample_weight .*\(3,\)"),
-        (lambda h, w, t: pf.WSPOLoss()(h, w, t, t * 0.0, t * 0.0, torch.zeros(6)), r"weak_ref_logps must .*\(6, 7\)"),
+        (lambda h, w, t: pf.WSPOLoss()(h, w, t, t * 0.0, t * 0.0, torch.zeros(6)), r"\(6, 7\), found weak_ref \(6,\)"),
+        (lambda h, w, t: pf.WSPOLoss()(h, w, t, *[t * 0.0] * 3, segments=t), 'segments go with level "segment"'),
     ],
 )
 def test_bad_input_is_named(call: Any, message: str) -> None:

@@ -1,0 +1,325 @@
+"""transformers' Trainer on fused losses, against itself on full logits and against float64."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import runpy
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import tiny
+import torch
+import transformers
+from conftest import assert_as_good_as_plain, make_problem, relative_error
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+import prefopt_fast as pf
+from prefopt_fast.batch import add_sample_weights, encode, load_preferences
+from prefopt_fast.integrations.transformers import (
+    FusedCausalLMLoss,
+    PairCollator,
+    PreferenceTrainer,
+    add_ref_logps,
+    fused_causal_lm_loss,
+)
+from prefopt_fast.policy import load_model, load_tokenizer
+
+# With an ε far above any gradient Adam's update is linear in the gradient: weights then compare as gradients do.
+LINEAR_ADAM = {"adam_epsilon": 1e4, "learning_rate": 1e4, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("inputs")
+    models = {name: tiny.make_model(folder / name, seed) for seed, name in enumerate(("model", "other"))}
+    return models | {"dataset": tiny.make_pairs(folder / "pairs.json", 10)}
+
+
+@pytest.fixture
+def pairs(inputs: dict[str, str]) -> datasets.Dataset:
+    encoded, _ = encode(load_preferences(inputs["dataset"]), load_tokenizer(inputs["model"]))
+    return add_ref_logps(encoded, load_model(inputs["other"]), batch_size=3)
+
+
+def arguments(folder: Path, **options: Any) -> transformers.TrainingArguments:
+    base = {"per_device_train_batch_size": 4, "max_steps": 3, "logging_steps": 1, "report_to": "none", "use_cpu": True}
+    base |= {"save_strategy": "no", "disable_tqdm": True, "remove_unused_columns": False}
+    return transformers.TrainingArguments(output_dir=str(folder), **base | options)
+
+
+def losses(trainer: transformers.Trainer, name: str = "loss") -> list[float]:
+    return [line[name] for line in trainer.state.log_history if name in line]
+
+
+def update(model: torch.nn.Module, start: str) -> Tensor:
+    before = load_model(start).state_dict()
+    return torch.cat([(value - before[name]).flatten() for name, value in model.state_dict().items()])
+
+
+@pytest.mark.parametrize("items", [None, 7, torch.tensor(11.0)])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_causal_lm_loss(items: Any, shifted: bool) -> None:
+    hidden, weight, labels = make_problem(12, 31, 8)
+    labels = labels.view(2, 6)
+    labels[0, :3] = -100
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        states, matrix = (x.detach().to(dtype).requires_grad_() for x in (hidden.view(2, 6, 8), weight))
+        logits = states @ matrix.T
+        # ForCausalLMLoss rounds to fp32 by itself.
+        scored = labels.flatten() if shifted else torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].flatten()
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), scored, reduction="sum")
+        loss = loss / ((scored != -100).sum() if items is None else items)
+        results.append((loss, *torch.autograd.grad(loss, (states, matrix))))
+    states, matrix = hidden.view(2, 6, 8).clone().requires_grad_(), weight.clone().requires_grad_()
+    options = {"num_items_in_batch": items, "shift_labels": labels if shifted else None}
+    theirs = ForCausalLMLoss(states @ matrix.T, labels, 31, **options)
+    ours = fused_causal_lm_loss(states, labels, pf.LMHead(matrix), **options)
+    torch.testing.assert_close(ours, theirs)
+    grads = torch.autograd.grad(ours, (states, matrix))
+    for name, value, truth, plain in zip(("dhidden", "dweight"), grads, *(x[1:] for x in results), strict=True):
+        assert_as_good_as_plain(value, plain, truth, name=name)
+
+
+def test_nothing_to_score_is_what_it_is_in_transformers() -> None:
+    hidden, weight, labels = make_problem(4, 31, 8)
+    labels = torch.full_like(labels, -100).view(1, 4)
+    assert fused_causal_lm_loss(hidden.view(1, 4, 8), labels, pf.LMHead(weight)).isnan()
+    assert fused_causal_lm_loss(hidden.view(1, 4, 8), labels, pf.LMHead(weight), 5) == 0
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_sft_by_compute_loss_func(inputs: dict[str, str], tmp_path: Path, adapters: bool) -> None:
+    """The same Trainer with and without: losses, evaluation and update; 10 rows in accumulated batches of 2 · 3."""
+    encoded, _ = encode(load_preferences(inputs["dataset"]), load_tokenizer(inputs["model"]), responses=("chosen",))
+    rows = [
+        {
+            "input_ids": row["prompt_ids"] + row["chosen_ids"],
+            "labels": [-100] * len(row["prompt_ids"]) + row["chosen_ids"],
+        }
+        for row in encoded
+    ]
+
+    def collator(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+        return {
+            name: torch.nn.utils.rnn.pad_sequence([torch.tensor(row[name]) for row in rows], True, padding)
+            for name, padding in (("input_ids", 0), ("labels", -100))
+        }
+
+    def run(fused: bool) -> tuple[transformers.Trainer, torch.nn.Module]:
+        model = load_model(inputs["model"])
+        if adapters:
+            torch.manual_seed(0)
+            model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+        options = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, **LINEAR_ADAM}
+        trainer = transformers.Trainer(
+            model,
+            arguments(tmp_path / str(fused), eval_strategy="steps", eval_steps=2, **options),
+            data_collator=collator,
+            train_dataset=datasets.Dataset.from_list(rows),
+            eval_dataset=datasets.Dataset.from_list(rows[:5]),
+        )
+        if fused:
+            with FusedCausalLMLoss(model) as trainer.compute_loss_func:
+                trainer.train()
+        else:
+            trainer.train()
+        return trainer, model
+
+    (theirs, expected), (ours, found) = run(False), run(True)
+    assert losses(ours) == pytest.approx(losses(theirs), rel=1e-5) and len(losses(ours)) == 3
+    assert losses(ours, "eval_loss") == pytest.approx(losses(theirs, "eval_loss"), rel=1e-5)
+    before = load_model(inputs["model"]).state_dict() if not adapters else {}
+    difference = [torch.cat([(v - before.get(k, 0)).flatten() for k, v in m.state_dict().items()])
+                  for m in (found, expected)]  # fmt: skip
+    assert float(difference[1].norm()) > 1e-2 and relative_error(*difference) < 1e-4
+    ids = torch.arange(6)[None]
+    assert found(ids).logits.shape[1] == 6  # the hooks are gone
+
+
+def test_sft_under_autocast_runs_the_head_in_it(inputs: dict[str, str]) -> None:
+    model = load_model(inputs["model"])
+    ids = torch.arange(12).view(2, 6)
+    with FusedCausalLMLoss(model) as loss_func:
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = model(ids)
+        assert outputs.logits.shape[1] == 1
+        rounded = loss_func(outputs, ids)
+        exact = loss_func(model(ids), ids)
+        with pytest.raises(RuntimeError, match="no forward pass"):
+            loss_func(outputs, ids)
+        model(ids)
+        with pytest.raises(ValueError, match="no labels"):
+            loss_func(outputs, None)
+    torch.testing.assert_close(exact, model(ids, labels=ids).loss)
+    assert 1e-6 < abs(float(rounded - exact)) < 0.05
+
+
+def pair_truth(pairs: datasets.Dataset, model: torch.nn.Module, weights: list[float], wpo: bool) -> Tensor:
+    """Mean loss from full logits, of one unpadded sequence at a time, at the model's dtype."""
+    total = torch.zeros((), dtype=torch.float64)
+    for row, weight in zip(pairs, weights, strict=True):
+        margin, alignment = 0.0, 0.0
+        for sign, name in ((1, "chosen"), (-1, "rejected")):
+            prompt, answer = row["prompt_ids"], row[f"{name}_ids"]
+            log_probs = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            logprobs = log_probs.gather(-1, torch.tensor(answer)[:, None])[:, 0]
+            margin = margin + sign * (logprobs.sum() - row[f"ref_{name}_logps"])
+            alignment = alignment + (logprobs - (2 * log_probs).logsumexp(-1)).mean().detach()
+        loss = -torch.nn.functional.logsigmoid(0.1 * margin)
+        total = total + weight * loss * (alignment.exp().clamp(max=1) if wpo else 1)
+    return total / len(weights)
+
+
+@pytest.mark.parametrize("wpo", [False, True])
+def test_preferences_against_full_logits(
+    inputs: dict[str, str], pairs: datasets.Dataset, tmp_path: Path, wpo: bool
+) -> None:
+    """One step over all 10 pairs, whole and in batches of 4, 4 and 2: loss, gradient and metrics."""
+    weights = [0.0, 0.5, *range(1, 9)]
+    raw = load_preferences(inputs["dataset"]).add_column("w", [float(weight) for weight in weights])
+    weighted = add_sample_weights(pairs, raw, "w")
+    truth = load_model(inputs["model"]).double()
+    expected = pair_truth(weighted, truth, weights, wpo)
+    expected.backward()
+    gradient = torch.cat([p.grad.flatten() for p in truth.parameters()])
+    for size, accumulated in ((10, 1), (4, 3)):
+        model = load_model(inputs["model"])
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulated, "max_steps": 1}
+        trainer = PreferenceTrainer(
+            model,
+            arguments(tmp_path / "out", **options, **LINEAR_ADAM),
+            train_dataset=weighted,
+            eval_dataset={"all": weighted, "plain": pairs},
+            processing_class=load_tokenizer(inputs["model"]),
+            loss=pf.WPOLoss() if wpo else pf.PreferenceLoss(),
+        )
+        before = trainer.evaluate()
+        trainer.train()
+        assert losses(trainer) == pytest.approx([float(expected)], rel=1e-5)
+        assert before["eval_all_loss"] == pytest.approx(float(expected), rel=1e-5)
+        assert ("wpo/weight" in before or "eval_plain_wpo/weight" in before) == wpo
+        line = next(line for line in trainer.state.log_history if "loss" in line)
+        assert line["rewards/margins"] == pytest.approx(before["eval_plain_rewards/margins"], abs=1e-6)
+        start = load_model(inputs["model"])
+        found = torch.cat([(p - q).flatten() for p, q in zip(model.parameters(), start.parameters(), strict=True)])
+        assert relative_error(-found, gradient) < 1e-4  # Adam's first step is −lr · g / (|g| + ε)
+
+
+def train_in_child(options: dict[str, Any], model: str, rows: str, output: Path, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    trainer = PreferenceTrainer(
+        load_model(model), arguments(output, **options), train_dataset=datasets.load_from_disk(rows), loss=pf.WPOLoss()
+    )
+    trainer.train()
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        (output / "log.json").write_text(json.dumps(trainer.state.log_history))
+
+
+def test_two_processes_compute_what_one_does(inputs: dict[str, str], pairs: datasets.Dataset, tmp_path: Path) -> None:
+    """Two steps of 4 pairs, 2 + 2 in two processes."""
+    pairs.save_to_disk(tmp_path / "pairs")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tiny", "peft", "prefopt_fast.integrations.transformers"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    options = {"max_steps": 2, **LINEAR_ADAM}
+    shared = (options | {"per_device_train_batch_size": 2}, inputs["model"], str(tmp_path / "pairs"), tmp_path / "two")
+    children = [
+        context.Process(target=train_in_child, args=(*shared, environment | {"RANK": rank, "LOCAL_RANK": rank}))
+        for rank in ("0", "1")
+    ]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(120)
+        assert child.exitcode == 0
+    train_in_child(options | {"per_device_train_batch_size": 4}, *shared[1:3], tmp_path / "one", {})
+    lines = [json.loads((tmp_path / name / "log.json").read_text()) for name in ("two", "one")]
+    for found, expected in zip(lines[0][:2], lines[1][:2], strict=True):
+        for name in ("loss", "rewards/margins", "wpo/weight"):
+            assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6)
+    two, one = (update(load_model(str(tmp_path / name)), inputs["model"]) for name in ("two", "one"))
+    assert float(one.norm()) > 1e-2 and relative_error(two, one) < 1e-4
+
+
+def test_preferences_train_and_are_saved(inputs: dict[str, str], pairs: datasets.Dataset, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(load_model(inputs["model"]), LoraConfig(r=4, target_modules="all-linear"))
+    own = add_ref_logps(pairs.remove_columns(["ref_chosen_logps", "ref_rejected_logps"]), model)
+    trainer = PreferenceTrainer(
+        model,
+        arguments(
+            tmp_path,
+            max_steps=20,
+            learning_rate=2e-2,
+            eval_strategy="steps",
+            eval_steps=20,
+            save_strategy="steps",
+            save_steps=20,
+            gradient_checkpointing=True,
+        ),
+        train_dataset=own,
+        eval_dataset=own,
+        loss=pf.WPOLoss({"sigmoid": 1.0, "sft": 0.1}, clamp=False),
+        data_collator=PairCollator(1),
+    )
+    trainer.train()
+    margins = losses(trainer, "rewards/margins")
+    assert margins[0] == pytest.approx(0.0, abs=1e-6) and losses(trainer, "eval_rewards/margins")[0] > 0.05
+    assert 0 < losses(trainer, "eval_wpo/effective_sample_size")[0] <= 1 + 1e-6
+    assert (tmp_path / "checkpoint-20" / "adapter_model.safetensors").exists()
+
+
+def test_reference_free_under_bf16(inputs: dict[str, str], pairs: datasets.Dataset, tmp_path: Path) -> None:
+    """Autocast as Accelerate has it; the loss runs within."""
+    values = {}
+    for bf16 in (False, True):
+        trainer = PreferenceTrainer(
+            load_model(inputs["model"]), arguments(tmp_path, max_steps=1, bf16=bf16), train_dataset=pairs,
+            loss=pf.PreferenceLoss("simpo", beta=2.0),
+        )  # fmt: skip
+        trainer.train()
+        values[bf16] = losses(trainer)[0]
+    assert 1e-7 < abs(values[True] - values[False]) < 0.05
+
+
+def test_bad_options_are_named(inputs: dict[str, str], pairs: datasets.Dataset, tmp_path: Path) -> None:
+    model = load_model(inputs["model"])
+
+    def build(loss: torch.nn.Module, rows: datasets.Dataset = pairs, **options: Any) -> None:
+        PreferenceTrainer(model, arguments(tmp_path, **options), train_dataset=rows, loss=loss)
+
+    with pytest.raises(ValueError, match="remove_unused_columns=False"):
+        build(pf.WPOLoss(), remove_unused_columns=True)
+    with pytest.raises(ValueError, match="label_smoothing is an argument of the loss"):
+        build(pf.WPOLoss(), label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match="loss must be a PreferenceLoss or WPOLoss, found WSPOLoss"):
+        build(pf.WSPOLoss())
+    with pytest.raises(ValueError, match=r"train_dataset lacks ref_chosen_logps: .*add_ref_logps"):
+        build(pf.WPOLoss(), pairs.remove_columns("ref_chosen_logps"))
+    with pytest.raises(ValueError, match="train_dataset lacks chosen_ids"):
+        build(pf.PreferenceLoss("simpo"), pairs.remove_columns("chosen_ids"))
+    config = transformers.GPT2Config(vocab_size=40, n_embd=8, n_layer=1, n_head=1)
+    with pytest.raises(ValueError, match=r"GPT2Model.forward has no logits_to_keep"):
+        FusedCausalLMLoss(transformers.GPT2Model(config))
+
+
+def test_example(inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--model", inputs["model"], "--data", inputs["dataset"], "--output_dir", str(tmp_path / "out")]
+    options += ["--max_steps", "3", "--report_to", "none", "--use_cpu", "--logging_steps", "1", "--save_strategy", "no"]
+    monkeypatch.setattr(sys, "argv", ["hf_trainer.py", *options])
+    runpy.run_path(str(Path(__file__).parent.parent / "examples" / "hf_trainer.py"), run_name="__main__")
+    assert float(update(load_model(str(tmp_path / "out")), inputs["model"]).norm()) > 0
