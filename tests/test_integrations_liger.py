@@ -69,6 +69,16 @@ def test_paired(name: str, options: dict[str, Any], extra: tuple[str, ...]) -> N
     compare(name, options, {k: v for k, v in tensors.items() if k in wanted})
 
 
+def test_bf16() -> None:
+    tensors = {k: v.bfloat16() if v.is_floating_point() else v for k, v in inputs().items() if k != "nll_target"}
+    truth = run(ours.LigerFusedLinearDPOLoss(), tensors, torch.float64)
+    mine = run(ours.LigerFusedLinearDPOLoss(), tensors, torch.bfloat16)
+    liger = run(theirs.LigerFusedLinearDPOLoss(compiled=False), tensors, torch.bfloat16)
+    for part, value in mine.items():
+        assert value.dtype == liger[part].dtype, part
+        assert_as_good_as_plain(value, liger[part], truth[part], name=part)
+
+
 @pytest.mark.parametrize("kl", [None, 1.5, -2.0])
 def test_kto(kl: float | None) -> None:
     tensors = inputs()

@@ -284,10 +284,18 @@ def test_preferences_train_and_are_saved(inputs: dict[str, str], pairs: datasets
 
 
 def test_reference_free_under_bf16(inputs: dict[str, str], pairs: datasets.Dataset, tmp_path: Path) -> None:
-    """Autocast as Accelerate has it; the loss runs within."""
+    """Autocast as Accelerate has it, in which the loss runs; before another Trainer's subclass."""
+
+    class Theirs(transformers.Trainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> None:
+            raise AssertionError
+
+    class Mine(PreferenceTrainer, Theirs):
+        pass
+
     values = {}
     for bf16 in (False, True):
-        trainer = PreferenceTrainer(
+        trainer = Mine(
             load_model(inputs["model"]), arguments(tmp_path, max_steps=1, bf16=bf16), train_dataset=pairs,
             loss=pf.PreferenceLoss("simpo", beta=2.0),
         )  # fmt: skip
