@@ -34,7 +34,6 @@ SKETCH = 64  # dimensions in which the norms of dweight's rows are estimated
 NEGLIGIBLE = 0.1  # a token's gradient counts as at least this much of its chunk's root mean square
 
 
-DHIDDEN, DWEIGHT = 0, 1
 TINY = 1e-30  # no division by zero
 
 
@@ -139,6 +138,35 @@ def coherent_variance(
     return float((1 - keep) @ (coefficients @ hidden).square_().sum(1))
 
 
+class Estimate(NamedTuple):
+    """What one sampled group of tokens is expected to be wrong by."""
+
+    error: list[float]  # squared, of each gradient that is needed
+    size: list[float]  # squared, likewise
+    ratio: float  # squared error over what is allowed, of the gradient that is worst off
+    share: float  # of the columns drawn
+    mass: float  # largest δ_t
+
+
+def make_estimate(
+    errors: list[tuple[Tensor, Tensor, float, float]],
+    failing: Tensor,  # (C,) bool
+    share: float,
+    mass: float,
+) -> Estimate:
+    """``errors``: of each gradient the tokens' squared errors (C,) and sizes (C,), its tolerance, coherent variance.
+
+    Tokens that fail are computed exactly, and only count by their size.
+    """
+    squared = [float(error.masked_fill(failing, 0).sum()) for error, *_ in errors]
+    sizes = [float(size.sum()) for _, size, *_ in errors]
+    ratio = max(
+        max(error, COHERENT * coherent) / max(tolerance**2 * size, TINY)
+        for error, size, (*_, tolerance, coherent) in zip(squared, sizes, errors, strict=True)
+    )
+    return Estimate(squared, sizes, ratio, share, mass)
+
+
 class Steering:
     """Sets ε from chunk to chunk so that the estimated errors stay within the tolerance, and keeps the record of it."""
 
@@ -148,7 +176,7 @@ class Steering:
         self.chunks = self.dense_chunks = 0
         self.kept = self.largest_mass = 0.0
         self.ratios: list[float] = []
-        self.error, self.size = [0.0, 0.0], [0.0, 0.0]  # squared, of dhidden and dweight
+        self.error, self.size = [0.0, 0.0], [0.0, 0.0]  # squared, of each gradient that is needed
 
     def epsilon(self, tokens: int) -> float:
         """n_v is the norm of C numbers, so that ε grows with √C at a given share of columns."""
@@ -170,19 +198,15 @@ class Steering:
         self.patience = min(2 * self.patience + 3, 63)
         self.skip = self.patience
 
-    def ratio(self, gradient: int, error: Tensor, size: Tensor, failing: Tensor, tolerance: float) -> float:
-        """Squared error of the tokens that do not fail, over what the chunk is allowed, for DHIDDEN or DWEIGHT."""
-        total_error, total_size = float(error.masked_fill(failing, 0).sum()), float(size.sum())
-        self.error[gradient] += total_error
-        self.size[gradient] += total_size
-        return total_error / max(tolerance**2 * total_size, TINY)
-
-    def record(self, ratio: float, share: float, mass: float) -> None:
-        """A chunk was sampled: its squared error over what is allowed, its share of columns, its largest δ_t."""
+    def record(self, estimate: Estimate) -> None:
+        """A chunk was sampled."""
         self.chunks += 1
-        self.kept += share
-        self.largest_mass = max(self.largest_mass, mass)
-        self.ratios.append(ratio)
+        self.kept += estimate.share
+        self.largest_mass = max(self.largest_mass, estimate.mass)
+        self.ratios.append(estimate.ratio)
+        for k, (error, size) in enumerate(zip(estimate.error, estimate.size, strict=True)):
+            self.error[k] += error
+            self.size[k] += size
 
     def adapt(self) -> None:
         """Move ε by what was recorded since the last time."""

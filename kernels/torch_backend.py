@@ -9,14 +9,20 @@ With e_v = exp(z_v − shift), the sum ρ = Σ_{v≠y} e_v leaves the target out
 1 − p_y = ρ / (ρ + e_y) keep all their digits as p_y → 1, where 1 − exp(log p_y) has none, and log p_y ≤ 0 always.
 The shift is the target's logit: a fixed one saves the pass for the maximum and all rescaling, and only has to be within
 exp's range of the largest logit.
+
+On a CPU, chunks of the forward and ranges of dweight's rows are computed side by side, each by a thread of its own: a
+tile then never leaves its core, and no operation on it waits for the other cores.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from itertools import chain
-from typing import Any, NamedTuple
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import accumulate, chain, pairwise
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,17 +30,16 @@ from torch.autograd.function import once_differentiable
 
 from .dispatch import Options, Report
 from .sparse_grad import (
-    COHERENT,
-    DHIDDEN,
-    DWEIGHT,
     SKETCH,
     TINY,
+    Estimate,
     Sample,
     Selection,
     Steering,
     coefficients,
     coherent_variance,
     failing_tokens,
+    make_estimate,
     make_sample,
     sampling_variance,
     select_columns,
@@ -43,8 +48,9 @@ from .sparse_grad import (
 
 TILE_ELEMENTS = {"cpu": 1 << 19}  # of one (T, C) tile: 2 MiB of fp32
 OTHER_TILE_ELEMENTS = 1 << 24  # where a launch costs more than leaving the cache
+MAX_WORKERS = 8  # chunks side by side; beyond it Python itself is the limit, and each gets several of torch's threads
 EXACT_CHUNK = 512  # tokens
-SAMPLED_CHUNK = 512  # tokens of one walk over the vocabulary
+SAMPLED_CHUNK = 512  # tokens of one walk over the vocabulary, at most
 SAMPLED_GROUP = 128  # tokens that share columns: fewer need fewer columns, more need fewer gathers
 FIRST_CHUNK = 64  # tokens: what it teaches about ε should not cost much
 PROBS_BYTES = 512 << 20  # of exact probabilities kept for the backward; beyond it they are recomputed
@@ -54,6 +60,9 @@ UPCAST_ROWS = 4096  # of a 16-bit weight at a time
 HALF_TOLERANCE = 2.0**-9  # from here on coefficients are kept in fp16: their rounding is 2⁻¹² beside it
 HELD_SHARE = 1 / 16  # of the vocabulary whose selection waits for the whole sums
 MAX_KEPT = 0.6  # share of the columns from which on a chunk is computed exactly
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def linear_logprob(
@@ -75,6 +84,43 @@ def linear_logprob(
 @torch.compiler.disable
 def _linear_logprob(*operands: Any) -> tuple[Any, ...]:
     return _LinearLogprob.apply(*operands)
+
+
+def _workers(device: torch.device) -> int:
+    """How many chunks are computed side by side."""
+    # With another threading library than OpenMP, a number of threads is not a thread's own.
+    return (
+        min(torch.get_num_threads(), MAX_WORKERS)
+        if device.type == "cpu" and torch.backends.openmp.is_available()
+        else 1
+    )
+
+
+@cache
+def _pool(process: int) -> ThreadPoolExecutor:
+    """A forked process has none of its parent's threads, and needs a pool of its own."""
+    return ThreadPoolExecutor(MAX_WORKERS, "prefopt_fast")
+
+
+def _side_by_side(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """[function(item) for item in items], of at most _workers() items, each in a thread of its own."""
+    if len(items) == 1:
+        return [function(items[0])]
+    threads = torch.get_num_threads()
+    # A thread of the pool may hold `work` for a moment after its result, and autograd copies a gradient that others
+    # hold: nothing that `work` refers to outlives the call.
+    held = [function]
+
+    def work(item: Item) -> Result:
+        torch.set_num_threads(max(1, threads // len(items)))
+        with torch.no_grad():
+            return held[0](item)
+
+    try:
+        return list(_pool(os.getpid()).map(work, items))
+    finally:
+        torch.set_num_threads(threads)  # a thread starts with the number that any thread set last
+        held.clear()
 
 
 class _Workspace:
@@ -160,21 +206,25 @@ class _Pass:
         self.squares, self.moment, self.logit_sum = zeros(shift), zeros(shift), zeros(shift)
         self.largest = torch.full_like(shift, -torch.inf)  # max_{v≠y} z_v − shift
 
-    def tiles(self, probs: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
-        """Vocabulary range and e · slope (T, C) of each tile, 0 at targets; they fill ``probs`` (V, C) where given."""
+    def tiles(self, probs: Tensor | None = None, span: slice | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """Vocabulary range and e · slope (T, C) of each tile, 0 at targets; they fill ``probs`` (V, C) where given.
+
+        ``span`` is the part of the vocabulary to walk over, all of it by default.
+        """
         head, stats = self.head, self.stats
-        vocab, chunk = head.weight.shape[0], len(self.targets)
+        first, last = (0, head.weight.shape[0]) if span is None else (span.start, span.stop)
+        chunk = len(self.targets)
         device = self.shift.device
         size = max(64, TILE_ELEMENTS.get(device.type, OTHER_TILE_ELEMENTS) // chunk)
-        starts = range(0, vocab, size)
+        starts = range(first, last, size)
         lowest = torch.finfo(head.dtype).min
         tokens = self.targets.argsort(stable=True)
         ordered = self.targets[tokens]
-        bounds = torch.searchsorted(ordered, torch.tensor([*starts, vocab], device=device)).tolist()
-        in_tile = (ordered % size) * chunk + tokens  # flat position of each target in its tile
+        bounds = torch.searchsorted(ordered, torch.tensor([*starts, last], device=device)).tolist()
+        in_tile = (ordered - first) % size * chunk + tokens  # flat position of each target in its tile
         target_logits = []
         for k, start in enumerate(starts):
-            tile = slice(start, min(start + size, vocab))
+            tile = slice(start, min(start + size, last))
             shape = (tile.stop - start, chunk)
             logits = head.logits(self.hidden, tile, self.workspace("tile", *shape) if probs is None else probs[tile])
             if "mean_logit" in stats:
@@ -198,7 +248,7 @@ class _Pass:
             if slope is not None:
                 self.gradient_rest += logits.mul_(slope).sum(0)
             yield tile, logits
-        self.target_logit[tokens] = torch.cat(target_logits)
+        self.target_logit[tokens[bounds[0] : bounds[-1]]] = torch.cat(target_logits)
 
     @property
     def target(self) -> Tensor:
@@ -255,6 +305,13 @@ class _Sampled(NamedTuple):
     remainder: Tensor  # (C,)
     coefficients: Tensor | None  # (S, C), where kept
 
+    def within(self, span: slice) -> _Sampled:
+        """Those of its columns that lie in a range of the vocabulary."""
+        bounds = torch.searchsorted(self.columns, torch.tensor([span.start, span.stop], device=self.columns.device))
+        inside = slice(*bounds.tolist())
+        kept = None if self.coefficients is None else self.coefficients[inside]
+        return self._replace(columns=self.columns[inside], keep=self.keep[inside], coefficients=kept)
+
 
 class _Forward:
     """Fills the outputs of one call, chunk by chunk, with what its backward will need."""
@@ -283,7 +340,8 @@ class _Forward:
         self.tolerances = options.grad_tolerance
         needed = [tolerance for tolerance, need in zip(options.grad_tolerance, needs, strict=True) if need]
         self.steering = Steering(min(needed)) if needed and min(needed) > 0 else None
-        self.workspace = _Workspace(self.at_target)
+        self.workers = _workers(hidden.device)
+        self.workspaces = [_Workspace(self.at_target) for _ in range(self.workers)]
         self.generator = torch.Generator(hidden.device).manual_seed(options.seed)
         size = (hidden.shape[1], SKETCH)
         self.sketch = torch.randn(size, generator=self.generator, device=hidden.device, dtype=head.dtype) / SKETCH**0.5
@@ -294,10 +352,12 @@ class _Forward:
             self.exact_chunks(rows)
             return None
         dense = [rows[:0]]
-        for chunk in (rows[:FIRST_CHUNK], *rows[FIRST_CHUNK:].split(SAMPLED_CHUNK)):
-            if not len(chunk):
-                continue
-            dense.append(chunk if steering.wants_dense() else self.sampled_chunk(chunk, steering))
+        first = FIRST_CHUNK * self.workers
+        for wave in chain(self.waves(rows[:first], FIRST_CHUNK), self.waves(rows[first:], SAMPLED_CHUNK)):
+            tried = []
+            for chunk in wave:
+                (dense if steering.wants_dense() else tried).append(chunk)
+            dense += self.sampled_chunks(tried, steering)
         self.exact_chunks(torch.cat(dense))
         if self.unscaled is not None and self.sampled:
             # All μ = qᵀW in one product.
@@ -306,6 +366,15 @@ class _Forward:
                 self.unscaled.index_add_(0, part.rows, part.remainder[:, None] * -mean)
         return steering.report()
 
+    def waves(self, rows: Tensor, largest: int) -> Iterator[Sequence[Tensor]]:
+        """Even chunks of at most ``largest`` tokens, as many at a time as there are workers; a few stay together."""
+        fewest = -(-len(rows) // largest)
+        chunks = rows.tensor_split(
+            max(fewest, min(-(-fewest // self.workers) * self.workers, len(rows) // FIRST_CHUNK), 1)
+        )
+        for start in range(0, len(chunks) if len(rows) else 0, self.workers):
+            yield chunks[start : start + self.workers]
+
     def emit(self, rows: Tensor, done: _Pass) -> None:
         for name, value in done.values().items():
             self.outputs[name][rows] = value
@@ -313,28 +382,33 @@ class _Forward:
         self.others[rows] = done.gradient_rest / done.total
 
     def exact_chunks(self, rows: Tensor) -> None:
-        for chunk in rows.split(EXACT_CHUNK) if len(rows) else ():
-            self.exact_chunk(chunk)
+        for wave in self.waves(rows, EXACT_CHUNK):
+            chunks = []
+            for chunk, workspace in zip(wave, self.workspaces, strict=False):
+                shape = (self.head.weight.shape[0], len(chunk))
+                size = math.prod(shape) * self.head.dtype.itemsize
+                kept = self.need_weight and size <= self.probs_left
+                self.probs_left -= size if kept else 0
+                chunks.append((_Exact(chunk, self.at_target.new_empty(shape) if kept else None), workspace))
+            _side_by_side(self.exact_chunk, chunks)
+            if self.need_weight:
+                self.exact += [part for part, _ in chunks]
 
-    def exact_chunk(self, rows: Tensor) -> None:
+    def exact_chunk(self, chunk: tuple[_Exact, _Workspace]) -> None:
+        (rows, probs), workspace = chunk
         head, targets = self.head, self.targets[rows]
         hidden = head.product_input(self.hidden[rows])
-        size = len(rows) * head.weight.shape[0] * head.dtype.itemsize
-        probs = None
-        if self.need_weight and size <= self.probs_left:
-            self.probs_left -= size
-            probs = self.at_target.new_empty(head.weight.shape[0], len(rows))
         shift = head.target_logits(hidden, targets)
         for _ in range(2):
             expected = hidden.new_zeros(hidden.shape, dtype=head.dtype) if self.need_hidden else None  # Σ_{v≠y} e_v W_v
-            walk = _Pass(head, hidden, targets, self.stats, shift, self.workspace)
+            walk = _Pass(head, hidden, targets, self.stats, shift, workspace)
             for tile, exp in walk.tiles(probs):
                 if expected is not None:
                     expected.addmm_(exp.T, head.rows(tile))
             if not walk.overflowed():
                 break
             # Logits that exceed the target's by more than exp can hold: from their true maximum instead.
-            maximum = _Pass(head, hidden, targets, ("is_top1",), shift, self.workspace)
+            maximum = _Pass(head, hidden, targets, ("is_top1",), shift, workspace)
             for _tile in maximum.tiles():
                 pass
             shift = shift + maximum.largest.clamp(min=0)
@@ -345,40 +419,60 @@ class _Forward:
             self.unscaled[rows] = unscaled.sub_(expected.div_(total[:, None]))
         if probs is not None:
             probs /= total
-        if self.need_weight:
-            self.exact.append(_Exact(rows, probs))
 
-    def sampled_chunk(self, rows: Tensor, steering: Steering) -> Tensor:
-        """Sample the gradient of tokens ``rows``; returns those of them for which that does not do.
+    def sampled_chunks(self, wave: Sequence[Tensor], steering: Steering) -> list[Tensor]:
+        """Sample the gradient of each chunk of tokens; returns the tokens for which that does not do."""
+        dense, vocab = [], self.head.weight.shape[0]
+        epsilon = steering.epsilon(min(SAMPLED_GROUP, len(wave[0]))) if wave else 0.0
+        uniforms = [
+            torch.rand(
+                (-(-len(rows) // SAMPLED_GROUP), vocab),
+                generator=self.generator,
+                device=rows.device,
+                dtype=self.head.dtype,
+            )
+            for rows in wave
+        ]
+        chunks = [_Chunk(*parts, epsilon) for parts in zip(wave, uniforms, self.workspaces, strict=False)]
+        for rows, groups in zip(wave, _side_by_side(self.sampled_chunk, chunks) if chunks else (), strict=True):
+            if groups is None:
+                steering.record_dense(-(-len(rows) // SAMPLED_GROUP))
+                dense.append(rows)
+            for group in groups or ():
+                if group.sampled is None or group.estimate is None:
+                    steering.record_dense(1)
+                else:
+                    steering.record(group.estimate)
+                    self.sampled.append(group.sampled)
+                    kept = group.sampled.coefficients
+                    self.sample_left -= 0 if kept is None else kept.nbytes
+                dense.append(group.failing)
+        steering.adapt()
+        return dense
+
+    def sampled_chunk(self, chunk: _Chunk) -> list[_Group] | None:
+        """None where too many columns are needed.
 
         One walk serves several groups of tokens, each with columns of its own: a wide product is the faster one, and
         few tokens need fewer columns.
         """
+        rows, uniform, workspace, epsilon = chunk
         head, targets = self.head, self.targets[rows]
         hidden = head.product_input(self.hidden[rows])
-        shift = head.target_logits(hidden, targets)
-        walk = _Pass(head, hidden, targets, self.stats, shift, self.workspace)
-        groups = [slice(start, start + SAMPLED_GROUP) for start in range(0, len(rows), SAMPLED_GROUP)]
-        epsilon = steering.epsilon(min(SAMPLED_GROUP, len(rows)))
-        shape = (len(groups), head.weight.shape[0])
-        uniform = torch.rand(shape, generator=self.generator, device=hidden.device, dtype=head.dtype)
+        walk = _Pass(head, hidden, targets, self.stats, head.target_logits(hidden, targets), workspace)
+        ends = [0, *(len(part) for part in rows.tensor_split(len(uniform)))]
+        groups = [slice(*bounds) for bounds in pairwise(accumulate(ends))]
         candidates = _candidates(walk, groups, epsilon, uniform)
         if candidates is None or walk.overflowed():
-            steering.record_dense(len(groups))
-            return rows
+            return None
         self.emit(rows, walk)
-        failing = [
-            rows[group][self.sampled_group(rows[group], walk, group, found, epsilon, steering)]
+        return [
+            self.sampled_group(rows[group], walk, group, found, epsilon)
             for group, found in zip(groups, candidates, strict=True)
         ]
-        steering.adapt()
-        return torch.cat(failing)
 
-    def sampled_group(
-        self, rows: Tensor, walk: _Pass, group: slice, found: _Candidates, epsilon: float, steering: Steering
-    ) -> Tensor:
-        """Sample the gradient of one group of a walk; returns a (C,) mask of the tokens for which that does not do."""
-        head, targets = self.head, walk.targets[group]
+    def sampled_group(self, rows: Tensor, walk: _Pass, group: slice, found: _Candidates, epsilon: float) -> _Group:
+        head, targets, workspace = self.head, walk.targets[group], walk.workspace
         hidden = walk.hidden[group]
         rest, target, gradient_rest = walk.rest[group], walk.target[group], walk.gradient_rest[group]
         total = rest + target
@@ -386,20 +480,19 @@ class _Forward:
         columns, probs = torch.cat(found.columns), torch.cat(found.exp).div_(total)
         found.exp.clear()
         weights = token_weights(rest, target).mul_(total)
-        squares = torch.mul(probs, probs, out=self.workspace("squares", *probs.shape))
+        squares = torch.mul(probs, probs, out=workspace("squares", *probs.shape))
         chosen, keep = select_columns(squares.mv(weights.square_()).sqrt_(), None, epsilon, uniform[columns])
         columns = columns[chosen]
         if len(columns) > MAX_KEPT * len(mass):
-            steering.record_dense(1)
-            return torch.ones_like(targets, dtype=torch.bool)
-        probs = torch.index_select(probs, 0, chosen, out=self.workspace("probs", len(chosen), len(rows)))
+            return _Group(rows, None, None)
+        probs = torch.index_select(probs, 0, chosen, out=workspace("probs", len(chosen), len(rows)))
         others, at_target = gradient_rest / total, self.at_target[rows]
         sample = make_sample(Selection(columns, keep), probs, mass, others)
         coefs, remainder = coefficients(sample, probs, others)
-        squares = torch.mul(coefs, coefs, out=self.workspace("squares", *coefs.shape))
+        squares = torch.mul(coefs, coefs, out=workspace("squares", *coefs.shape))
 
         failing = torch.zeros_like(targets, dtype=torch.bool)
-        ratio = 0.0
+        errors = []
         if self.need_weight:
             states = hidden.to(head.dtype)
             length = states.square().sum(1)
@@ -407,38 +500,51 @@ class _Forward:
             size = length * (at_target.square() + keep @ squares)
             failing |= failing_tokens(error, size, self.tolerances[1])
             coherent = coherent_variance(keep, coefs, states @ self.sketch)
-            ratio = max(
-                steering.ratio(DWEIGHT, error, size, failing, self.tolerances[1]),
-                COHERENT * coherent / max(self.tolerances[1] ** 2 * float(size.sum()), TINY),
-            )
+            errors.append((error, size, self.tolerances[1], coherent))
         if self.unscaled is not None:
             unscaled = head.rows(targets).mul_(at_target[:, None])
             share = sample.tail[columns] / keep
             sums, error = share.new_zeros(hidden.shape[1]), torch.zeros_like(total)
             for block in (slice(start, start + GATHER_ROWS) for start in range(0, len(columns), GATHER_ROWS)):
-                weight = head.gather(columns[block], self.workspace("rows", len(columns[block]), hidden.shape[1]))
+                weight = head.gather(columns[block], workspace("rows", len(columns[block]), hidden.shape[1]))
                 unscaled.addmm_(coefs[block].T, weight, alpha=-1)
                 sums += share[block] @ weight
                 mean = sums / share[: block.stop].sum().clamp(min=TINY)  # μ, estimated from the draw
                 error += sampling_variance(keep[block], squares[block], weight, mean)
             size = torch.addr(unscaled, remainder, mean, alpha=-1).square_().sum(1)
             failing |= failing_tokens(error, size, self.tolerances[0])
-            ratio = max(ratio, steering.ratio(DHIDDEN, error, size, failing, self.tolerances[0]))
             self.unscaled[rows] = unscaled
-        steering.record(ratio, len(columns) / len(mass), float(sample.mass.max()))
+            errors.append((error, size, self.tolerances[0], 0.0))
+        estimate = make_estimate(errors, failing, len(columns) / len(mass), float(sample.mass.max()))
         if failing.any():
             served = ~failing
-            rows, coefs, remainder = rows[served], coefs[:, served], remainder[served]
+            coefs, remainder = coefs[:, served], remainder[served]
             sample = sample._replace(mass=sample.mass[served])
+        else:
+            served = slice(None)
         kept = None
-        if self.need_weight:
+        if self.need_weight and self.sample_left > 0:
             dtype = torch.float16 if min(self.tolerances) >= HALF_TOLERANCE else coefs.dtype
-            nbytes = coefs.numel() * dtype.itemsize
-            if nbytes <= self.sample_left:
-                self.sample_left -= nbytes
-                kept = coefs.to(dtype, copy=True)
-        self.sampled.append(_Sampled(rows, columns, keep, sample.tail, sample.mass, remainder, kept))
-        return failing
+            kept = coefs.to(dtype, copy=True)
+        sampled = _Sampled(rows[served], columns, keep, sample.tail, sample.mass, remainder, kept)
+        return _Group(rows[failing], sampled, estimate)
+
+
+class _Chunk(NamedTuple):
+    """What one worker needs of one chunk of tokens to sample its gradient."""
+
+    rows: Tensor  # (C,), indices of tokens
+    uniform: Tensor  # (groups, V), the draws
+    workspace: _Workspace
+    epsilon: float
+
+
+class _Group(NamedTuple):
+    """What a worker found for one group of tokens; no sample where that needs too many columns."""
+
+    failing: Tensor  # indices of the tokens that need an exact gradient
+    sampled: _Sampled | None
+    estimate: Estimate | None
 
 
 class _Candidates(NamedTuple):
@@ -492,8 +598,12 @@ def _candidates(walk: _Pass, groups: list[slice], epsilon: float, uniform: Tenso
         if count > MAX_KEPT * vocab * len(groups) or (tile.stop > vocab // 4 and count > 0.9 * seen * len(groups)):
             return None
     average, weights = 1 / walk.total, group_weights()
+    later = [len(part.columns) for part in found]
     for tile, exp in held:
         examine(tile, exp)
+    for part, count in zip(found, later, strict=True):
+        for pieces in part.columns, part.exp:
+            pieces[:] = pieces[count:] + pieces[:count]  # in the vocabulary's order
     return found
 
 
@@ -535,41 +645,54 @@ class _LinearLogprob(torch.autograd.Function):
         exact, sampled = _unflatten(_Exact, parts[:split]), _unflatten(_Sampled, parts[split:])
         rows = (targets != ctx.ignore_index).nonzero().squeeze(-1)
         upstream = grad.to(head.dtype) * head.scale
-        workspace = _Workspace(upstream)
 
         with torch.autocast(hidden.device.type, enabled=False):
             dhidden = (unscaled * upstream[:, None]).to(hidden.dtype) if need_hidden else None
-            dweight = dbias = None
-            if need_weight:
+            dweight = weight.new_empty(weight.shape, dtype=head.dtype) if need_weight else None
+            dbias = bias.new_zeros(bias.shape, dtype=head.dtype) if need_bias else None
+            if sampled and need_weight:
                 # The rank-1 tails of all sampled chunks in one product, then what stands on single columns.
-                if sampled:
-                    tails = torch.stack([part.tail for part in sampled], 1)
-                    sums = [part.remainder @ _scale(hidden, -upstream, part.rows) for part in sampled]
-                    dweight = tails @ torch.stack(sums)
-                else:
-                    dweight = weight.new_zeros(weight.shape, dtype=head.dtype)
-                for chunk in rows.split(EXACT_CHUNK):
-                    dweight.index_add_(0, targets[chunk], _scale(hidden, upstream * at_target, chunk))
-            if need_bias:
-                dbias = bias.new_zeros(bias.shape, dtype=head.dtype)
-                for part in sampled:
-                    dbias.sub_(part.tail, alpha=float(part.remainder @ upstream[part.rows]))
-                dbias.index_add_(0, targets[rows], (upstream * at_target)[rows])
-            for part in sampled if need_weight or need_bias else ():
-                coefs = _sampled_coefficients(part, head, hidden, targets, logsumexp, others, workspace)
+                tails = torch.stack([part.tail for part in sampled], 1)
+                sums = torch.stack([part.remainder @ _scale(hidden, -upstream, part.rows) for part in sampled])
+
+            def fill(span: slice) -> None:
+                """Rows ``span`` of dweight and dbias: no two threads add to the same row."""
+                workspace = _Workspace(upstream)
+                inside = rows[(targets[rows] >= span.start) & (targets[rows] < span.stop)]
                 if dweight is not None:
-                    product = workspace("product", len(part.columns), hidden.shape[1])
-                    torch.mm(coefs, _scale(hidden, -upstream, part.rows), out=product)
-                    dweight.index_add_(0, part.columns, product)
+                    if sampled:
+                        torch.mm(tails[span], sums, out=dweight[span])
+                    else:
+                        dweight[span].zero_()
+                    for chunk in inside.split(EXACT_CHUNK):
+                        dweight.index_add_(0, targets[chunk], _scale(hidden, upstream * at_target, chunk))
                 if dbias is not None:
-                    dbias.index_add_(0, part.columns, coefs @ -upstream[part.rows])
-            for part in exact if need_weight or need_bias else ():
-                scaled = _scale(hidden, -upstream, part.rows)
-                for columns, probs in _exact_probs(part, head, hidden, targets, logsumexp, workspace):
+                    for part in sampled:
+                        dbias[span].sub_(part.tail[span], alpha=float(part.remainder @ upstream[part.rows]))
+                    dbias.index_add_(0, targets[inside], (upstream * at_target)[inside])
+                for part in sampled:
+                    part = part.within(span)
+                    if not len(part.columns):
+                        continue
+                    coefs = _sampled_coefficients(part, head, hidden, targets, logsumexp, others, workspace)
                     if dweight is not None:
-                        dweight[columns].addmm_(probs, scaled)
+                        product = workspace("product", len(part.columns), hidden.shape[1])
+                        torch.mm(coefs, _scale(hidden, -upstream, part.rows), out=product)
+                        dweight.index_add_(0, part.columns, product)
                     if dbias is not None:
-                        dbias[columns] -= probs @ upstream[part.rows]
+                        dbias.index_add_(0, part.columns, coefs @ -upstream[part.rows])
+                for part in exact:
+                    scaled = _scale(hidden, -upstream, part.rows)
+                    for columns, probs in _exact_probs(part, span, head, hidden, targets, logsumexp, workspace):
+                        if dweight is not None:
+                            dweight[columns].addmm_(probs, scaled)
+                        if dbias is not None:
+                            dbias[columns] -= probs @ upstream[part.rows]
+
+            if need_weight or need_bias:
+                _side_by_side(
+                    fill, _even_spans(len(weight), [part.columns for part in sampled], _workers(weight.device))
+                )
 
         return (
             dhidden,
@@ -577,6 +700,16 @@ class _LinearLogprob(torch.autograd.Function):
             None if dbias is None else dbias.to(bias.dtype),
             *[None] * 5,
         )
+
+
+def _even_spans(vocab: int, columns: list[Tensor], parts: int) -> list[slice]:
+    """The vocabulary in ranges of about equal work: a row costs about half of what adding to it once does."""
+    bounds = [vocab * k // parts for k in range(parts + 1)]
+    if columns and parts > 1:
+        cost = torch.bincount(torch.cat(columns), minlength=vocab).mul_(2).add_(1).cumsum(0)
+        shares = cost[-1] * torch.arange(1, parts, device=cost.device) // parts
+        bounds[1:-1] = torch.searchsorted(cost, shares).tolist()
+    return [slice(*pair) for pair in pairwise(bounds)]
 
 
 def _scale(hidden: Tensor, factor: Tensor, rows: Tensor) -> Tensor:
@@ -605,15 +738,21 @@ def _sampled_coefficients(
 
 
 def _exact_probs(
-    part: _Exact, head: _Head, hidden: Tensor, targets: Tensor, logsumexp: Tensor, workspace: _Workspace
+    part: _Exact,
+    span: slice,
+    head: _Head,
+    hidden: Tensor,
+    targets: Tensor,
+    logsumexp: Tensor,
+    workspace: _Workspace,
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Ranges of the vocabulary with their (T, C) probabilities, 0 at targets: as kept, or tile by tile once more."""
+    """Ranges within ``span`` with their (T, C) probabilities, 0 at targets: as kept, or tile by tile once more."""
     if part.probs is not None:
-        yield slice(None), part.probs
+        yield span, part.probs[span]
     else:
         rows = part.rows
         inputs = head.product_input(hidden[rows])
-        yield from _Pass(head, inputs, targets[rows], (), logsumexp[rows], workspace).tiles()
+        yield from _Pass(head, inputs, targets[rows], (), logsumexp[rows], workspace).tiles(span=span)
 
 
 def _unflatten(kind: type[_Exact] | type[_Sampled], fields: list[Any]) -> list[Any]:
