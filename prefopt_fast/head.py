@@ -5,22 +5,34 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
+
+from . import parallel
 
 
 @dataclass(frozen=True)
 class LMHead:
     """logits = cap(logit_scale · (hidden @ weightᵀ + bias)) / temperature, with cap(x) = softcap · tanh(x / softcap).
 
+    Weight and bias may be sharded over data-parallel ranks (DTensors of FSDP2, ZeRO-3 parameters): each call gathers
+    them, and their gradients go back sharded and averaged. With a ``group`` the vocabulary is shared out instead:
+    weight and bias are this rank's rows (or DTensors sharded over the group), hidden states and targets are equal on
+    all its ranks, and only statistics of tokens are exchanged. Either way all ranks take part in each call and its
+    backward.
+
     Args:
-        weight: (V, H), any floating dtype; gradients flow where it requires them.
-        bias: (V,) or None.
+        weight: (V, H), any floating dtype; gradients flow where it requires them. With a group (rows of this rank, H).
+        bias: (V,) or None; with a group, of the weight's rows.
         softcap: positive, or None for no cap (Gemma 2: 30).
         logit_scale: factor on the product (Cohere's ``logit_scale``, the inverse of Granite's ``logits_scaling``).
         temperature: positive divisor of the final logits.
+        group: the process group whose ranks hold the vocabulary, each some of its rows.
+        vocab_start: token id of the weight's first row on this rank (a DTensor knows its own).
 
     Raises:
-        ValueError: shapes that do not fit, or a soft-cap, scale or temperature that is not positive.
+        ValueError: shapes that do not fit, a soft-cap, scale or temperature that is not positive, or rows without a
+            group that could hold the others.
     """
 
     weight: Tensor
@@ -28,16 +40,17 @@ class LMHead:
     softcap: float | None = None
     logit_scale: float = 1.0
     temperature: float = 1.0
+    group: dist.ProcessGroup | None = None
+    vocab_start: int = 0
 
     def __post_init__(self) -> None:
-        if self.weight.dim() != 2 or not self.weight.is_floating_point():
+        shape = parallel.full_shape(self.weight)
+        if len(shape) != 2 or not self.weight.is_floating_point():
+            raise ValueError(f"weight must be a floating-point (V, H) matrix, found {tuple(shape)} {self.weight.dtype}")
+        if self.bias is not None and parallel.full_shape(self.bias) != shape[:1]:
             raise ValueError(
-                f"weight must be a floating-point (V, H) matrix, found {tuple(self.weight.shape)} {self.weight.dtype}"
-            )
-        if self.bias is not None and self.bias.shape != self.weight.shape[:1]:
-            raise ValueError(
-                f"bias must have one entry for each of the {self.weight.shape[0]} rows of weight "
-                f"{tuple(self.weight.shape)}, found shape {tuple(self.bias.shape)}"
+                f"bias must have one entry for each of the {shape[0]} rows of weight {tuple(shape)}, "
+                f"found shape {tuple(parallel.full_shape(self.bias))}"
             )
         if self.softcap is not None and not self.softcap > 0:
             raise ValueError(f"softcap must be positive or None, found {self.softcap}")
@@ -45,14 +58,21 @@ class LMHead:
             raise ValueError(f"logit_scale must be positive, found {self.logit_scale}")
         if not self.temperature > 0:
             raise ValueError(f"temperature must be positive, found {self.temperature}")
+        if self.vocab_start < 0 or (self.vocab_start and self.group is None):
+            raise ValueError(
+                f"vocab_start must be this rank's first token id, 0 without a group; found {self.vocab_start} and "
+                f"group {self.group}"
+            )
+        if self.group is not None and not shape[0]:
+            raise ValueError(f"weight must have a row on every rank of group, found {tuple(shape)}")
 
     @property
     def vocab_size(self) -> int:
-        return self.weight.shape[0]
+        return parallel.full_shape(self.weight)[0]
 
     @property
     def hidden_size(self) -> int:
-        return self.weight.shape[1]
+        return parallel.full_shape(self.weight)[1]
 
     @property
     def transform(self) -> tuple[float, float | None]:
@@ -69,10 +89,11 @@ class LMHead:
 
         The weight is the model's own parameter, so tied embeddings stay tied. A LoRA adapter on the head itself
         contributes its (differentiable) delta, which costs one (V, H) tensor per call; its dropout is not applied.
+        A head that tensor parallelism shards by vocabulary, over the mesh dimension "tp", stays sharded.
 
         Raises:
-            ValueError: the model has no output embedding, or one that is quantized, not a linear map, or adapted by
-                anything but plain LoRA.
+            ValueError: the model has no output embedding, or one that is quantized, not a linear map, adapted by
+                anything but plain LoRA, or a part of one.
         """
         while hasattr(model, "module") and not hasattr(model, "get_output_embeddings"):
             model = model.module  # DistributedDataParallel and its like
@@ -81,6 +102,12 @@ class LMHead:
             raise ValueError(f"{type(model).__name__} has no output embedding: a causal language model is needed")
         weight, bias = _effective_weight(layer)
         config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+        rows, vocab_size = parallel.full_shape(weight)[0], getattr(config, "vocab_size", 0)
+        if rows < vocab_size:
+            raise ValueError(
+                f"the output embedding has {rows} of the vocabulary's {vocab_size} rows, and is no DTensor that knows "
+                "of the others: give LMHead this rank's weight with group and vocab_start"
+            )
         logit_scale = getattr(config, "logit_scale", None)  # Cohere multiplies …
         logits_scaling = getattr(config, "logits_scaling", None)  # … Granite divides
         return cls(
@@ -88,6 +115,7 @@ class LMHead:
             bias,
             softcap=getattr(config, "final_logit_softcapping", None),
             logit_scale=(1.0 if logit_scale is None else float(logit_scale)) / float(logits_scaling or 1.0),
+            group=parallel.tensor_parallel_group(weight),
         )
 
 
@@ -108,7 +136,7 @@ def _effective_weight(layer: Any) -> tuple[Tensor, Tensor | None]:
                     weight = weight + layer.get_delta_weight(name).to(weight.dtype)
         return weight, bias
     own = getattr(layer, "weight", None)
-    if not isinstance(own, Tensor) or own.dim() != 2 or not own.is_floating_point():
+    if not isinstance(own, Tensor) or len(parallel.full_shape(own)) != 2 or not own.is_floating_point():
         found = f"{own.dtype} {tuple(own.shape)}" if isinstance(own, Tensor) else type(own).__name__
         raise ValueError(
             f"the output embedding ({type(layer).__name__}) must hold a floating-point (V, H) weight, found {found}; "

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .head import LMHead
 from .kernels.dispatch import resolve_backend
+from .parallel import is_sharded
 from .sequence_stats import require_tokens, segment_sum
 from .token_stats import token_logprobs, validate_inputs
 
@@ -44,7 +45,8 @@ def token_log_ratio(
         ValueError, RuntimeError, NotImplementedError: what token_logprobs raises.
     """
     pairs = ((aligned_hidden, aligned_head), (ref_hidden, ref_head))
-    if resolve_backend(backend, targets.device) == "triton":
+    whole = not any(head.group or is_sharded(head.weight) or is_sharded(head.bias) for _, head in pairs)
+    if whole and resolve_backend(backend, targets.device) == "triton":
         from .kernels.log_ratio import log_ratio
 
         for hidden, head in pairs:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .batch import ResponseBatch, hub_name
 from .head import LMHead
+from .parallel import localize
 from .token_stats import TokenStats, token_logprobs
 
 _CHECK_TOKENS = 16  # positions on which verify_head compares logits
@@ -129,8 +130,10 @@ def verify_head(
     with _evaluation(model):
         expected = model(input_ids=input_ids, use_cache=False).logits.double()
         hidden = hidden_states(model, input_ids, torch.ones_like(input_ids))
-        head = LMHead.from_model(model)
+        head = localize(LMHead.from_model(model), hidden.dtype)
         logits = nn.functional.linear(hidden, head.weight.to(hidden.dtype)).double()
+    if head.group is not None:
+        expected = expected[..., head.vocab_start : head.vocab_start + head.vocab_size]
     if head.bias is not None:
         logits = logits + head.bias
     scale, softcap = head.transform

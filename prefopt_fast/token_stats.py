@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import parallel
 from .head import LMHead
 from .kernels import dispatch
 
@@ -100,32 +101,32 @@ def token_logprobs(
         ignore_index: targets with this value are not computed.
         seed: of the column sampling behind an inexact gradient; equal inputs and seed give equal bits.
 
+    A sharded head makes the call collective: see :class:`LMHead`.
+
     Raises:
         ValueError: shapes, dtypes, devices, targets or names that do not fit.
         RuntimeError, NotImplementedError: a backend that cannot run here.
     """
     validate_inputs(hidden, head, targets, stats, ignore_index)
     tolerances = resolve_grad_tolerance(grad_tolerance, hidden.dtype)
-    weight, bias = head.weight, head.bias
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    autocast = torch.is_autocast_enabled(hidden.device.type)
+    if autocast:
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    head = parallel.localize(head, hidden.dtype)
+    weight = head.weight.to(hidden.dtype) if autocast else head.weight
     if hidden.dtype != weight.dtype:
         raise ValueError(
             f"hidden and head.weight must have one dtype, found {hidden.dtype} and {weight.dtype}: cast one of them, "
             "or run under torch.autocast"
         )
-    scale, softcap = head.transform
-    outputs, report = dispatch.linear_logprob(
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight,
-        bias,
-        targets.reshape(-1),
-        transform=(scale, softcap),
-        stats=tuple(stats),
-        options=dispatch.Options(tolerances, ignore_index, seed),
-        backend=backend,
-    )
+    operands = (hidden.reshape(-1, hidden.shape[-1]), weight, head.bias, targets.reshape(-1), head.transform)
+    how = (tuple(stats), dispatch.Options(tolerances, ignore_index, seed), backend)
+    if head.group is None:
+        outputs, report = dispatch.linear_logprob(*operands, *how)
+    else:
+        from . import vocab_parallel  # which imports dynamo
+
+        outputs, report = vocab_parallel.linear_logprob(*operands, *how, head.group, head.vocab_start)
     shaped = {name: value.reshape(targets.shape) for name, value in outputs.items()}
     return TokenStats(mask=targets != ignore_index, grad_report=GradReport(*report) if report else None, **shaped)
 
@@ -154,6 +155,8 @@ def validate_inputs(hidden: Tensor, head: LMHead, targets: Tensor, stats: tuple[
         )
     if not hidden.is_floating_point():
         raise ValueError(f"hidden must be floating point, found {hidden.dtype}")
+    if hasattr(hidden, "device_mesh"):
+        raise ValueError("hidden must be a plain tensor, found a DTensor: call full_tensor() on it")
     if hidden.shape[:-1] != targets.shape or hidden.shape[-1] != head.hidden_size:
         raise ValueError(
             f"hidden {tuple(hidden.shape)} must be targets' shape {tuple(targets.shape)} plus the hidden size "
@@ -166,7 +169,8 @@ def validate_inputs(hidden: Tensor, head: LMHead, targets: Tensor, stats: tuple[
         raise ValueError(f"hidden, head.weight and targets must be on one device, found {', '.join(sorted(devices))}")
     compiling = torch.compiler.is_compiling()  # which traces neither the context variable nor a look at values
     thorough = not compiling and _check_inputs.get()
-    if (targets.device.type == "cpu" or thorough) and not compiling:
+    # Shards of a vocabulary are compared with the targets together, in vocab_parallel.py.
+    if (targets.device.type == "cpu" or thorough) and not compiling and head.group is None:
         bad = ((targets < 0) | (targets >= head.vocab_size)) & (targets != ignore_index)
         if count := int(bad.sum()):
             raise ValueError(

@@ -1,0 +1,429 @@
+"""Sharded heads on 2 and 4 gloo processes: everything against one process on the whole of it.
+
+Each world of processes is started once and runs its checks in order; a check that raises ends them. See WORLDS.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+from conftest import assert_as_good_as_plain, make_problem, relative_error
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+import prefopt_fast as pf
+from prefopt_fast.batch import ResponseBatch
+from prefopt_fast.policy import ResponseModel
+
+VOCAB, HIDDEN = 41, 16
+ROWS = {2: [0, 20, VOCAB], 4: [0, 3, 15, 16, VOCAB]}  # where the ranks' rows of the vocabulary begin
+IGNORED = 3  # a token id, and after shifting a row number on some rank
+SECONDS = 120  # for the checks of one world
+
+
+def compare(
+    dtype: torch.dtype,
+    backend: str = "torch",
+    needs: tuple[bool, bool, bool] = (True, True, True),
+    softcap: float | None = None,
+    spread: float = 3.0,
+    n: int = 90,
+) -> None:
+    """Statistics and gradients of hidden, weight and bias on this rank's rows, against all rows here and in float64."""
+    torch.manual_seed(0)
+    hidden, weight, targets = make_problem(n, VOCAB, HIDDEN, dtype, scale=spread)
+    bias = torch.randn(VOCAB).to(dtype)
+    targets[::5] = IGNORED
+    upstream = torch.randn(n)
+    bounds = ROWS[dist.get_world_size()]
+    rows = slice(bounds[dist.get_rank()], bounds[dist.get_rank() + 1])
+
+    def run(function: Callable, to: torch.dtype, of: slice, **place: Any) -> tuple[pf.TokenStats, list[Tensor | None]]:
+        operands = [
+            t.to(to, copy=True).requires_grad_(need) for t, need in zip((hidden, weight, bias), needs, strict=True)
+        ]
+        head = pf.LMHead(operands[1][of], operands[2][of], softcap, 0.5, 0.7, **place)
+        stats = function(operands[0], head, targets, pf.STATS, 0.0, backend if place else "auto", IGNORED)
+        (stats.logprobs * upstream).sum().backward()
+        grads = [t.grad for t in operands]
+        return stats, [grads[0], *(None if g is None else g[rows] for g in grads[1:])]
+
+    truth, true_grads = run(pf.reference.token_logprobs, torch.float64, slice(None))
+    plain, plain_grads = run(pf.token_logprobs, dtype, slice(None))
+    ours, our_grads = run(pf.token_logprobs, dtype, rows, group=dist.group.WORLD, vocab_start=rows.start)
+    factor = 3.0 * max(1.0, spread / 25)  # ranks compare logsumexps, whose last digits large logits take
+    for name in ("logprobs", *pf.STATS):
+        value, expected = getattr(ours, name), getattr(truth, name)
+        if name == "is_top1":
+            assert torch.equal(value, expected)
+        else:
+            assert_as_good_as_plain(value, getattr(plain, name), expected, factor, name)
+        assert not value[::5].any() and value.shape == targets.shape
+    assert (ours.logprobs <= 0).all()
+    for name, need, value, single, expected in zip(
+        ("dhidden", "dweight", "dbias"), needs, our_grads, plain_grads, true_grads, strict=True
+    ):
+        assert (value is not None) == need
+        if need:
+            assert_as_good_as_plain(value, single, expected, factor, name)
+            if name == "dweight":  # the row that stands in for targets of other ranks
+                assert_as_good_as_plain(value[0], single[0], expected[0], 1.5 * factor, "dweight[0]")
+
+
+def check_vocabulary_parallel() -> None:
+    compare(torch.float64, "reference")
+    compare(torch.float32)
+    compare(torch.float32, softcap=5.0)
+    compare(torch.float32, spread=100.0)  # p(target) → 1, and logits beyond exp's range
+    compare(torch.bfloat16, n=400)
+
+
+def check_vocabulary_parallel_parts() -> None:
+    compare(torch.bfloat16, softcap=8.0)
+    compare(torch.float32, needs=(True, False, False))
+    compare(torch.float32, needs=(False, True, False))
+    compare(torch.float32, needs=(False, False, True))
+    compare(torch.float32, "triton", n=17)
+
+
+def check_vocabulary_parallel_sampled() -> None:
+    """The promise on the whole gradient, and that its mean over draws comes closer still."""
+    rank, vocab, tolerance, draws = dist.get_rank(), 8192, 2.0**-4, 6
+    torch.manual_seed(0)
+    hidden, weight, targets = make_problem(256, vocab, 64, scale=1.0)
+    upstream = torch.randn(256)
+    rows = slice(rank * vocab // 2, (rank + 1) * vocab // 2)
+
+    def gradients(grad_tolerance: float, seed: int) -> tuple[Tensor, Tensor, pf.GradReport | None]:
+        operands = hidden.clone().requires_grad_(), weight[rows].clone().requires_grad_()
+        head = pf.LMHead(operands[1], group=dist.group.WORLD, vocab_start=rows.start)
+        stats = pf.token_logprobs(operands[0], head, targets, grad_tolerance=grad_tolerance, seed=seed)
+        (stats.logprobs * upstream).sum().backward()
+        return operands[0].grad, operands[1].grad, stats.grad_report
+
+    exact = gradients(0.0, 0)
+    drawn = [gradients(tolerance, seed) for seed in range(draws)]
+    for k in range(2):
+        errors = [relative_error(draw[k], exact[k]) for draw in drawn]
+        assert 0.1 * tolerance < max(errors) < tolerance, errors
+        mean = relative_error(torch.stack([draw[k] for draw in drawn]).mean(0), exact[k])
+        assert mean < 0.7 * max(errors), (mean, errors)
+    assert max(draw[2].columns_kept for draw in drawn) < 0.3
+
+
+def check_bad_targets() -> None:
+    hidden, weight, targets = make_problem(6, VOCAB, HIDDEN)
+    head = pf.LMHead(weight[:20], group=dist.group.WORLD, vocab_start=20 * dist.get_rank())
+    targets[2] = 40
+    with pytest.raises(ValueError, match=r"rows of exactly one rank of head.group: 1 are not, from 40 to 40"):
+        pf.token_logprobs(hidden, head, targets.clamp(max=39).where(targets != 40, 40))
+    with pytest.raises(ValueError, match="from 25 to 25; every rank needs the same"):
+        pf.token_logprobs(hidden[:1], pf.LMHead(weight, group=dist.group.WORLD), torch.tensor([25]))
+
+
+def check_no_tokens() -> None:
+    hidden, weight, targets = make_problem(4, VOCAB, HIDDEN)
+    for count in (0, 4):
+        operands = hidden[:count].requires_grad_(), weight[:20].clone().requires_grad_()
+        head = pf.LMHead(operands[1], group=dist.group.WORLD, vocab_start=20 * dist.get_rank())
+        stats = pf.token_logprobs(operands[0], head, torch.full_like(targets[:count], -100), stats=pf.STATS)
+        stats.logprobs.sum().backward()
+        assert stats.entropy.shape == (count,) and not stats.logprobs.any() and not operands[1].grad.any()
+
+
+def check_sequences() -> None:
+    """What is made of TokenStats follows: WSPO's target and WPO's weights."""
+    hidden, weight, targets = make_problem(12, VOCAB, HIDDEN)
+    ref_hidden, ref_weight, _ = make_problem(12, VOCAB, 8)
+    bounds = ROWS[dist.get_world_size()]
+    rows = slice(bounds[dist.get_rank()], bounds[dist.get_rank() + 1])
+    place = {"group": dist.group.WORLD, "vocab_start": rows.start}
+    cu_seqlens = torch.tensor([0, 5, 12])
+
+    def results(head: pf.LMHead, ref_head: pf.LMHead) -> list[Tensor]:
+        ratio = pf.token_log_ratio(hidden, head, ref_hidden, ref_head, targets, cu_seqlens)
+        stats = pf.token_logprobs(hidden, head, targets, ("log_sum_sq_probs",))
+        return [*ratio, pf.wpo_weights(stats, cu_seqlens=cu_seqlens), pf.sequence_logprobs(stats, cu_seqlens).mean]
+
+    ours = results(pf.LMHead(weight[rows], **place), pf.LMHead(ref_weight[rows], **place))
+    for value, expected in zip(ours, results(pf.LMHead(weight), pf.LMHead(ref_weight)), strict=True):
+        assert relative_error(value, expected) < 1e-5
+
+
+def make_model(tied: bool, seed: int = 0) -> transformers.LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+        tie_word_embeddings=tied,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def make_batch(rank: int) -> ResponseBatch:
+    """Two sequences with 7 response tokens on rank 0, 4 on rank 2, … and none on rank 1."""
+    generator = torch.Generator().manual_seed(rank)
+    ids = torch.randint(0, VOCAB, (2, 9), generator=generator)
+    targets = torch.full_like(ids, -100)
+    if rank != 1:
+        targets[0, 2 : 7 - rank] = ids[0, 3 : 8 - rank]
+        targets[1, 4:6] = ids[1, 5:7]
+    keep = targets != -100
+    return ResponseBatch(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        targets=targets,
+        positions=keep.flatten().nonzero().squeeze(-1),
+        cu_seqlens=nn.functional.pad(keep.sum(-1).cumsum(0), (1, 0)),
+        rows=torch.zeros(1, dtype=torch.int64),
+        responses=("chosen", "rejected"),
+    )
+
+
+def loss_of(logprobs: Tensor, ranks: int) -> Tensor:
+    """This rank's part of a mean over all ranks' tokens, for gradients that are averaged over ranks."""
+    tokens = sum(len(make_batch(rank).positions) for rank in range(ranks))
+    return -(logprobs * torch.linspace(1, 2, len(logprobs))).sum() * ranks / tokens
+
+
+def expected_gradients(tied: bool, ranks: int) -> dict[str, Tensor]:
+    model = ResponseModel(make_model(tied))
+    for rank in range(ranks):
+        (loss_of(model(make_batch(rank)).stats.logprobs, ranks) / ranks).backward()
+    return {name: parameter.grad for name, parameter in model.model.named_parameters()}
+
+
+def assert_gradients(model: nn.Module, expected: dict[str, Tensor]) -> None:
+    for name, parameter in model.named_parameters():
+        grad = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
+        assert relative_error(grad, expected[name]) < 1e-5, name
+
+
+def shard_layers(model: Any, **options: Any) -> None:
+    for layer in model.model.layers:
+        fully_shard(layer, **options)
+
+
+def check_fsdp2() -> None:
+    """The module that FSDP2 wraps calls the head, whose weight is then whole."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    for tied in (True, False):
+        model = make_model(tied)
+        shard_layers(model)
+        policy = fully_shard(ResponseModel(model))
+        loss_of(policy(make_batch(rank)).stats.logprobs, ranks).backward()
+        assert_gradients(model, expected_gradients(tied, ranks))
+
+
+def check_fsdp2_sharded_head() -> None:
+    """The head is used after the wrapped model's forward, when its weight is a sharded DTensor again."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    mesh = init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("replicate", "shard")) if ranks > 2 else None
+    for tied in (True, False):
+        model = make_model(tied)
+        shard_layers(model, mesh=mesh)
+        fully_shard(model, reshard_after_forward=True, mesh=mesh)
+        batch = make_batch(rank)
+        output = model(batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True)
+        hidden = output.hidden_states[-1].flatten(0, 1)[batch.positions]
+        head = pf.LMHead.from_model(model)
+        assert isinstance(head.weight, DTensor) and head.group is None and head.vocab_size == VOCAB
+        stats = pf.token_logprobs(hidden, head, batch.targets.flatten()[batch.positions])
+        loss_of(stats.logprobs, ranks).backward()
+        assert_gradients(model, expected_gradients(tied, ranks))
+
+
+def check_tensor_parallel_head() -> None:
+    """A DTensor over the mesh dimension "tp", of a vocabulary that does not divide: no gathering, local gradients."""
+    hidden, weight, targets = make_problem(30, VOCAB, HIDDEN)
+    model = nn.Module()
+    model.lm_head = nn.Linear(HIDDEN, VOCAB)
+    model.lm_head.weight.data, model.config = weight.clone(), transformers.LlamaConfig(vocab_size=VOCAB)
+    model.get_output_embeddings = lambda: model.lm_head
+    single = pf.LMHead(weight.clone().requires_grad_(), model.lm_head.bias.detach().clone().requires_grad_())
+    for head in (single, None):
+        operand = hidden.clone().requires_grad_()
+        if head is None:
+            mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+            parallelize_module(model.lm_head, mesh, ColwiseParallel())
+            head = pf.LMHead.from_model(model)
+            assert head.group is not None
+        pf.token_logprobs(operand, head, targets).logprobs.sum().backward()
+        if head is single:
+            dhidden = operand.grad
+    assert relative_error(operand.grad, dhidden) < 1e-6
+    for ours, expected in ((head.weight, single.weight), (head.bias, single.bias)):
+        assert ours.grad.placements == (Shard(0),) and relative_error(ours.grad.full_tensor(), expected.grad) < 1e-6
+
+
+def check_data_and_tensor_parallel_head() -> None:
+    """FSDP2 over TP on a 2 × 2 mesh: gathered over one dimension, vocabulary-parallel over the other."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    model = nn.Sequential(nn.Linear(HIDDEN, VOCAB, bias=False))
+    weight = model[0].weight.detach().clone()
+    parallelize_module(model[0], mesh["tp"], ColwiseParallel())
+    fully_shard(model, mesh=mesh["dp"])
+    model.config, model.get_output_embeddings = transformers.LlamaConfig(vocab_size=VOCAB), lambda: model[0]
+    expected = torch.zeros_like(weight)
+    for place in range(2):
+        torch.manual_seed(place)
+        hidden, _, targets = make_problem(20 + place, VOCAB, HIDDEN)
+        whole = pf.LMHead(weight.clone().requires_grad_())
+        pf.token_logprobs(hidden, whole, targets).logprobs.sum().backward()
+        expected += whole.weight.grad / 2
+        if place == mesh.get_local_rank("dp"):
+            head = pf.LMHead.from_model(model)
+            assert head.weight.device_mesh.ndim == 2 and head.group is not None
+            pf.token_logprobs(hidden, head, targets).logprobs.sum().backward()
+    assert relative_error(model[0].weight.grad.full_tensor(), expected) < 1e-6
+
+
+def check_tensor_parallel_model(folder: Path) -> None:
+    """transformers' own plan: backbone, head and the first call's comparison with the model's logits."""
+    from transformers.distributed import DistributedConfig
+
+    if dist.get_rank() == 0:
+        make_model(False).save_pretrained(folder / "model")
+    dist.barrier()
+    ranks = dist.get_world_size()
+    config = DistributedConfig(tp_size=ranks)
+    model = transformers.LlamaForCausalLM.from_pretrained(folder / "model", distributed_config=config)
+    policy, single = ResponseModel(model), ResponseModel(make_model(False))
+    for rank in (0, 2):
+        for module in (policy, single):
+            loss_of(module(make_batch(rank), ("entropy",)).stats.logprobs, ranks).backward()
+    assert pf.LMHead.from_model(model).group is not None
+    assert_gradients(model, {name: parameter.grad for name, parameter in single.model.named_parameters()})
+
+
+def check_accelerate_accumulation() -> None:
+    """DistributedDataParallel that accumulates two batches, one of them without response tokens on this rank."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    policy = accelerator.prepare(ResponseModel(make_model(True)))
+    for batch in (make_batch(accelerator.process_index), make_batch(1 - accelerator.process_index)):
+        with accelerator.accumulate(policy):
+            accelerator.backward(2 * loss_of(policy(batch).stats.logprobs, 2))
+    expected = expected_gradients(True, 2)
+    assert_gradients(accelerator.unwrap_model(policy).model, {name: 2 * grad for name, grad in expected.items()})
+
+
+def check_zero3() -> None:
+    """DeepSpeed's ZeRO-3, where it is installed: parameters and gradients are partitioned."""
+    import deepspeed
+
+    deepspeed.init_distributed("gloo")
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+    }
+    for tied in (True, False):
+        policy = ResponseModel(make_model(tied))
+        optimizer = torch.optim.SGD(policy.parameters())
+        engine = deepspeed.initialize(model=policy, optimizer=optimizer, config=settings)[0]
+        expected = expected_gradients(tied, ranks)
+        for _step in range(3):  # from the third step on DeepSpeed knows the order of parameters
+            engine.backward(loss_of(engine(make_batch(rank)).stats.logprobs, ranks))
+            for name, parameter in policy.model.named_parameters():
+                assert relative_error(deepspeed.utils.safe_get_full_grad(parameter), expected[name]) < 1e-5, name
+            optimizer.zero_grad()
+            engine.zero_grad()
+
+
+WORLDS: dict[int, list[Callable[..., None]]] = {
+    2: [
+        check_vocabulary_parallel,
+        check_vocabulary_parallel_parts,
+        check_vocabulary_parallel_sampled,
+        check_no_tokens,
+        check_sequences,
+        check_fsdp2,
+        check_fsdp2_sharded_head,
+        check_tensor_parallel_model,
+        check_accelerate_accumulation,
+        check_bad_targets,
+    ],
+    4: [
+        check_vocabulary_parallel,
+        check_sequences,
+        check_tensor_parallel_head,
+        check_data_and_tensor_parallel_head,
+        check_fsdp2_sharded_head,
+    ],
+}
+if importlib.util.find_spec("deepspeed"):
+    WORLDS[2].append(check_zero3)
+
+
+def run_checks(rank: int, ranks: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "DS_ACCELERATOR": "cpu"}
+    os.environ |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
+    for check in WORLDS[ranks]:
+        start = time.monotonic()
+        torch.manual_seed(0)
+        try:
+            check(folder) if check.__code__.co_argcount else check()
+            outcome = ""
+        except Exception:
+            outcome = traceback.format_exc()
+        print(f"{check.__name__} rank {rank}: {time.monotonic() - start:.1f} s", file=sys.stderr)
+        (folder / f"{check.__name__}.{rank}").write_text(outcome)
+        if outcome:
+            return
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module", params=sorted(WORLDS))
+def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
+    """A number of processes, and the folder in which each has left what its checks raised."""
+    ranks, folder = request.param, tmp_path_factory.mktemp("world")
+    context = torch.multiprocessing.get_context("spawn")
+    processes = [context.Process(target=run_checks, args=(rank, ranks, folder)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + SECONDS
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+        process.kill()
+        process.join()
+    return ranks, folder
+
+
+CHECKS = list(dict.fromkeys(check.__name__ for checks in WORLDS.values() for check in checks))
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_against_one_process(world: tuple[int, Path], name: str) -> None:
+    ranks, folder = world
+    if name not in [check.__name__ for check in WORLDS[ranks]]:
+        pytest.skip(f"not with {ranks} processes")
+    outcomes = [folder / f"{name}.{rank}" for rank in range(ranks)]
+    failures = [path.read_text() if path.exists() else "not reached, or hung" for path in outcomes]
+    assert not any(failures), "\n".join(f"rank {rank}: {failure}" for rank, failure in enumerate(failures))
