@@ -48,7 +48,7 @@ from ..token_stats import TokenStats, resolve_grad_tolerance, token_logprobs
 Tolerance = float | str | tuple[float, float]
 
 _OURS = {"mean_logits": "mean_logit"}  # TRL's names of statistics, where they are not ours
-_scores_every_position = trl.trainer.utils._use_triton
+_trls_use_triton = trl.trainer.utils._use_triton
 _in_use: list[use_fast_logprobs] = []
 
 
@@ -91,12 +91,12 @@ def _install() -> None:
         for name, value in list(vars(module).items()):
             if value is ChunkedLogProbFunction or isinstance(value, _FastLogProbFunction):
                 setattr(module, name, function)
-    trl.trainer.utils._use_triton = _is_compact if _in_use else _scores_every_position
+    trl.trainer.utils._use_triton = _is_compact if _in_use else _trls_use_triton
 
 
 def _is_compact(device: torch.device) -> bool:
-    """Whether TRL hands over valid positions alone: it does not where shapes are compiled for, which no CPU does."""
-    return device.type == "cpu" or _scores_every_position(device)
+    """Whether to score valid positions alone, which TRL leaves to devices that do not compile for each shape."""
+    return device.type == "cpu" or _trls_use_triton(device)
 
 
 class _FastLogProbFunction:
@@ -280,6 +280,8 @@ class WSPOConfig(_Config):
 
 @dataclass
 class _HeadOutput(FusedCausalLMOutput):
+    """TRL's output, and what greedy alignment needs."""
+
     max_logprob: Tensor | None = None
 
 
