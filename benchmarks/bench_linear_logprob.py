@@ -7,6 +7,7 @@ _HIDDEN set the size. :func:`compare` interleaves the peers instead, which a mac
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import statistics
@@ -33,10 +34,10 @@ _PRODUCT_OPS = {f"aten::{name}{end}" for name in ("mm", "addmm", "bmm", "baddbmm
 class Row:
     """One peer on one problem: seconds of each round, and what else was measured (None where it was not).
 
-    forward, backward: wall time. process: processor time of both, all threads. extra_bytes: peak of the torch allocator
-    above inputs and gradients. extra_rss: the same of the resident set. product, rest: seconds inside and outside of
-    matrix products, under the profiler. errors: relative (Frobenius), against float64. absent: why there is no
-    measurement.
+    forward, backward: wall time. process: processor time of both, all threads. extra_bytes: peak above inputs and
+    gradients, of the torch allocator on a GPU, of the process's resident set on a Linux CPU. product, rest: seconds
+    inside and outside of matrix products, under the profiler, which follows one thread: torch has no other then.
+    errors: relative (Frobenius), against float64. absent: why there is no measurement.
     """
 
     name: str
@@ -46,7 +47,6 @@ class Row:
     backward: list[float] = field(default_factory=list)
     process: list[float] = field(default_factory=list)
     extra_bytes: int | None = None
-    extra_rss: int | None = None
     product: float | None = None
     rest: float | None = None
     errors: dict[str, float] | None = None
@@ -101,7 +101,7 @@ def compare(
     for peer in present:
         row = rows[peer.name]
         if memory:
-            row.extra_bytes, row.extra_rss = peak_memory(peer, problem)
+            row.extra_bytes = peak_memory(peer, problem)
         if split:
             row.product, row.rest = product_and_rest(peer, problem)
         if truth is not None and peer is not peers.PRODUCT:
@@ -136,46 +136,43 @@ def time_once(peer: Peer, problem: Problem) -> tuple[float, float, float]:
     return middle - start, end - middle, processor
 
 
-def peak_memory(peer: Peer, problem: Problem) -> tuple[int, int | None]:
-    """Bytes above the inputs and the gradients that are left: by torch's allocator, and (Linux CPUs) of the process."""
+def peak_memory(peer: Peer, problem: Problem) -> int | None:
+    """Bytes above the inputs and the gradients that are left; None on a CPU whose kernel does not tell."""
     gc.collect()
     _clean(problem)
     if problem.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         _step(peer, problem)
-        peak = torch.cuda.max_memory_allocated() - before - _gradient_bytes(problem)
-        _clean(problem)
-        return max(0, peak), None
-    rss = _resident_peak(lambda: _step(peer, problem))
-    if rss is not None:
-        rss = max(0, rss - _gradient_bytes(problem))
+        peak = torch.cuda.max_memory_allocated() - before
+    else:
+        peak = _resident_peak(lambda: _step(peer, problem))
+    extra = None if peak is None else max(0, peak - _gradient_bytes(problem))
     _clean(problem)
-    with _profile(problem, memory=True) as profiler:
-        _step(peer, problem)
-    live = peak = 0
-    # The profiler sees every allocation and release of the CPU allocator, those inside of operators as well.
-    events = (event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]")
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    peak -= _gradient_bytes(problem)
-    _clean(problem)
-    return max(0, peak), rss
+    return extra
 
 
-def product_and_rest(peer: Peer, problem: Problem) -> tuple[float, float | None]:
+def product_and_rest(peer: Peer, problem: Problem) -> tuple[float, float]:
     """Seconds inside of torch's matrix products, and outside of them.
 
     A Triton kernel that multiplies counts as rest: what is fused cannot be split.
     """
     _clean(problem)
-    with _profile(problem) as profiler:
-        start = time.perf_counter()
-        _step(peer, problem)
-        _synchronize(problem)
-        wall = time.perf_counter() - start
-    attribute = "self_device_time_total" if problem.device.type == "cuda" else "self_cpu_time_total"
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    attribute = "self_cpu_time_total"
+    if problem.device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+        attribute = "self_device_time_total"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.profiler.profile(activities=activities) as profiler:
+            start = time.perf_counter()
+            _step(peer, problem)
+            _synchronize(problem)
+            wall = time.perf_counter() - start
+    finally:
+        torch.set_num_threads(threads)
     totals = {average.key: getattr(average, attribute) * 1e-6 for average in profiler.key_averages()}
     _clean(problem)
     product = sum(seconds for name, seconds in totals.items() if name in _PRODUCT_OPS)
@@ -226,22 +223,27 @@ def _gradient_bytes(problem: Problem) -> int:
     return sum(gradient.numel() * gradient.element_size() for gradient in gradients if gradient is not None)
 
 
-def _profile(problem: Problem, memory: bool = False) -> Any:
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if problem.device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    return torch.profiler.profile(activities=activities, profile_memory=memory)
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's mallopt
 
 
 def _resident_peak(step: Callable[[], None]) -> int | None:
-    """Bytes by which the resident set rises during ``step`` at most; None where the kernel does not tell."""
+    """Bytes by which the resident set rises during ``step`` at most; None where the system does not tell."""
     try:
+        libc = ctypes.CDLL("libc.so.6")
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     except OSError:
         return None
+    # Every sizable block comes from the kernel and goes back to it: no pool of free memory hides what is in use.
+    libc.mallopt(_M_MMAP_THRESHOLD, 1 << 16)
+    libc.malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
     before = _status_bytes("VmRSS")
-    step()
-    return _status_bytes("VmHWM") - before
+    try:
+        step()
+        return _status_bytes("VmHWM") - before
+    finally:  # what malloc's thresholds grow to by themselves
+        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(_M_TRIM_THRESHOLD, 64 << 20)
 
 
 def _status_bytes(field_name: str) -> int:

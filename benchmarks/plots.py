@@ -117,8 +117,9 @@ def draw_memory(results: Mapping[str, Any]) -> Any:
         return None
     figure, axis = plt.subplots(figsize=(7, 4.4), layout="constrained")
     for name in _names(found):
-        points = [(case["tokens"], rows[name].extra_bytes / 2**20) for case, rows in found if name in rows]
-        if name != peers.PRODUCT.name:
+        sizes = [(case["tokens"], rows[name].extra_bytes) for case, rows in found if name in rows]
+        points = [(tokens, size / 2**20) for tokens, size in sizes if size is not None]
+        if name != peers.PRODUCT.name and points:
             axis.plot(*zip(*points, strict=True), label=name, **_line_style(name))
     tokens = [case["tokens"] for case, _ in found]
     logits = [4 * case["tokens"] * case["vocab"] / 2**20 for case, _ in found]
@@ -193,7 +194,8 @@ def draw_split(results: Mapping[str, Any]) -> Any:
     axis.grid(axis="y", visible=False)
     axis.tick_params(axis="y", length=0)
     axis.set(
-        xlabel="seconds, forward and backward, under the profiler", title="Time in matrix products and in the rest"
+        xlabel="seconds, forward and backward, one thread, under the profiler",
+        title="Time in matrix products and in the rest",
     )
     axis.legend(loc="upper right")
     _caption(figure, results, found[0][0])

@@ -427,8 +427,8 @@ def _case_table(results: Mapping[str, Any], section: str, title: str) -> str:
         _case_line(results, section),
         "",
         "| | time | ± | forward | backward | processor | over product | GFLOP/s of the one product | extra memory | "
-        "extra RSS | errors: log-prob, dhidden, dweight | |",
-        "| --- |" + " --- |" * 11,
+        "errors: log-prob, dhidden, dweight | |",
+        "| --- |" + " --- |" * 10,
     ]
     for row in sorted(rows.values(), key=lambda row: row.seconds):
         error = ", ".join(f"{value:.1e}" for value in row.errors.values()) if row.errors else "—"
@@ -442,7 +442,6 @@ def _case_table(results: Mapping[str, Any], section: str, title: str) -> str:
             _number(ratio(rows, row.name, peers.PRODUCT.name)),
             f"{flops / row.seconds / 1e9:,.0f}",
             _mebibytes(row.extra_bytes),
-            _mebibytes(row.extra_rss),
             error,
             row.note,
         ]

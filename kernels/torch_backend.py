@@ -354,7 +354,7 @@ class _Forward:
         dense = [rows[:0]]
         first = FIRST_CHUNK * self.workers
         for wave in chain(self.waves(rows[:first], FIRST_CHUNK), self.waves(rows[first:], SAMPLED_CHUNK)):
-            tried = []
+            tried: list[Tensor] = []
             for chunk in wave:
                 (dense if steering.wants_dense() else tried).append(chunk)
             dense += self.sampled_chunks(tried, steering)
@@ -422,23 +422,19 @@ class _Forward:
 
     def sampled_chunks(self, wave: Sequence[Tensor], steering: Steering) -> list[Tensor]:
         """Sample the gradient of each chunk of tokens; returns the tokens for which that does not do."""
-        dense, vocab = [], self.head.weight.shape[0]
-        epsilon = steering.epsilon(min(SAMPLED_GROUP, len(wave[0]))) if wave else 0.0
-        uniforms = [
-            torch.rand(
-                (-(-len(rows) // SAMPLED_GROUP), vocab),
-                generator=self.generator,
-                device=rows.device,
-                dtype=self.head.dtype,
-            )
-            for rows in wave
-        ]
-        chunks = [_Chunk(*parts, epsilon) for parts in zip(wave, uniforms, self.workspaces, strict=False)]
-        for rows, groups in zip(wave, _side_by_side(self.sampled_chunk, chunks) if chunks else (), strict=True):
-            if groups is None:
-                steering.record_dense(-(-len(rows) // SAMPLED_GROUP))
-                dense.append(rows)
-            for group in groups or ():
+        if not wave:
+            return []
+        dense, chunks = [], []
+        for rows, workspace in zip(wave, self.workspaces, strict=False):
+            groups = -(-len(rows) // SAMPLED_GROUP)
+            shape = (groups, self.head.weight.shape[0])
+            uniform = torch.rand(shape, generator=self.generator, device=rows.device, dtype=self.head.dtype)
+            chunks.append(_Chunk(rows, uniform, workspace, steering.epsilon(-(-len(rows) // groups))))
+        for chunk, found in zip(chunks, _side_by_side(self.sampled_chunk, chunks), strict=True):
+            if found is None:
+                steering.record_dense(len(chunk.uniform))
+                dense.append(chunk.rows)
+            for group in found or ():
                 if group.sampled is None or group.estimate is None:
                     steering.record_dense(1)
                 else:
@@ -517,16 +513,13 @@ class _Forward:
             errors.append((error, size, self.tolerances[0], 0.0))
         estimate = make_estimate(errors, failing, len(columns) / len(mass), float(sample.mass.max()))
         if failing.any():
-            served = ~failing
-            coefs, remainder = coefs[:, served], remainder[served]
-            sample = sample._replace(mass=sample.mass[served])
-        else:
-            served = slice(None)
+            coefs, remainder = coefs[:, ~failing], remainder[~failing]
+            sample = sample._replace(mass=sample.mass[~failing])
         kept = None
         if self.need_weight and self.sample_left > 0:
             dtype = torch.float16 if min(self.tolerances) >= HALF_TOLERANCE else coefs.dtype
             kept = coefs.to(dtype, copy=True)
-        sampled = _Sampled(rows[served], columns, keep, sample.tail, sample.mass, remainder, kept)
+        sampled = _Sampled(rows[~failing], columns, keep, sample.tail, sample.mass, remainder, kept)
         return _Group(rows[failing], sampled, estimate)
 
 

@@ -81,7 +81,9 @@ def test_statistic_is_asked_for_or_refused(problem: inputs.Problem) -> None:
 
 def test_peak_memory_is_that_of_the_logits(problem: inputs.Problem) -> None:
     """Autograd through full logits holds the logits, their exponentials in the backward, and little else."""
-    extra, _ = bench.peak_memory(peers.Peer("full", peers.full_logits), problem.leaves())
+    extra = bench.peak_memory(peers.Peer("full", peers.full_logits), problem.leaves())
+    if extra is None:
+        pytest.skip("this system does not tell the high-water mark of a process")
     logits = 4 * problem.tokens * problem.vocab
     assert 2 * logits <= extra <= 5 * logits
 

@@ -199,6 +199,51 @@ def test_inside_a_compiled_model():
     assert torch.allclose(torch.autograd.grad(compiled, layer.weight)[0], expected, rtol=1e-5)
 
 
+@pytest.fixture
+def three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield 3
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 2.0**-6])
+@pytest.mark.parametrize("probs_bytes", [0, 1 << 30], ids=["recomputed", "kept"])
+def test_side_by_side(tolerance, probs_bytes, three_threads, small_chunks, monkeypatch):
+    """Three workers agree with float64 as one does, to the same bits each time; torch's threads are as before."""
+    monkeypatch.setattr(torch_backend, "PROBS_BYTES", probs_bytes)
+    hidden, weight, targets = make_problem(200, 301, 12)
+    weight = (weight - 1.3 * torch.arange(2.0, 303).log()[:, None] / 12).requires_grad_()
+    bias = torch.randn(301, requires_grad=True)
+    hidden.requires_grad_()
+    upstream = torch.randn(200)
+
+    def gradients(function, **options):
+        found = function(hidden, pf.LMHead(weight, bias), targets, **options).logprobs
+        return [found.detach(), *torch.autograd.grad((found * upstream).sum(), (hidden, weight, bias))]
+
+    ours, again = (gradients(logprobs, grad_tolerance=tolerance) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
+    assert torch.get_num_threads() == three_threads
+    monkeypatch.setattr(torch_backend, "MAX_WORKERS", 1)
+    alone = gradients(logprobs, grad_tolerance=tolerance)
+    for found, single, exact in zip(ours, alone, gradients(pf.reference.token_logprobs), strict=True):
+        bound = 2 * relative_error(single, exact) + 1e-6
+        assert relative_error(found, exact) <= (bound if tolerance == 0.0 else max(bound, tolerance))
+
+
+def test_an_error_in_a_worker_is_raised(three_threads):
+    def fail(item):
+        if item:
+            raise ValueError(f"item {item}")
+        return torch.is_grad_enabled(), torch.get_num_threads()
+
+    assert torch_backend._side_by_side(fail, [0, 0]) == [(False, 1)] * 2
+    with pytest.raises(ValueError, match="item 2"):
+        torch_backend._side_by_side(fail, [0, 2])
+    assert torch.get_num_threads() == three_threads
+
+
 def peak_bytes(function):
     """Result, largest sum of bytes allocated during the call, and what is still allocated after it."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
@@ -212,9 +257,11 @@ def peak_bytes(function):
 
 
 def test_memory_is_flat(monkeypatch):
-    """Above inputs and gradients: far below the logits, and beyond the budget a few hidden states' worth per token."""
+    """Above inputs and gradients, with one worker, which the profiler can follow: far below the logits, and beyond the
+    budget a few hidden states' worth per token."""
     vocab, size = 16384, 32
     monkeypatch.setattr(torch_backend, "SAMPLE_BYTES", 1 << 20)
+    monkeypatch.setattr(torch_backend, "MAX_WORKERS", 1)
     weight = torch.randn(vocab, size, requires_grad=True)
     weight.data[:, 0] = -1.3 * torch.arange(2.0, vocab + 2).log()
     used = {}
@@ -233,6 +280,7 @@ def test_memory_is_flat(monkeypatch):
 
 def test_exact_memory_is_bounded(monkeypatch):
     monkeypatch.setattr(torch_backend, "PROBS_BYTES", 1 << 20)
+    monkeypatch.setattr(torch_backend, "MAX_WORKERS", 1)
     hidden, weight, targets = make_problem(2048, 8192, 16)
     hidden.requires_grad_(), weight.requires_grad_()
     _, peak, _ = peak_bytes(lambda: logprobs(hidden, pf.LMHead(weight), targets).logprobs.sum().backward())
