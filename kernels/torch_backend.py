@@ -56,6 +56,7 @@ FIRST_CHUNK = 64  # tokens: what it teaches about ε should not cost much
 PROBS_BYTES = 512 << 20  # of exact probabilities kept for the backward; beyond it they are recomputed
 SAMPLE_BYTES = 24 << 20  # of sampled coefficients kept for the backward; beyond it they are recomputed
 GATHER_ROWS = 2048  # of the weight, gathered at a time
+TAIL_ROWS = 4096  # of dweight, filled with the sampled chunks' tails at a time
 UPCAST_ROWS = 4096  # of a 16-bit weight at a time
 HALF_TOLERANCE = 2.0**-9  # from here on coefficients are kept in fp16: their rounding is 2⁻¹² beside it
 HELD_SHARE = 1 / 16  # of the vocabulary whose selection waits for the whole sums
@@ -501,7 +502,7 @@ class _Forward:
             unscaled = head.rows(targets).mul_(at_target[:, None])
             share = sample.tail[columns] / keep
             sums, error = share.new_zeros(hidden.shape[1]), torch.zeros_like(total)
-            for block in (slice(start, start + GATHER_ROWS) for start in range(0, len(columns), GATHER_ROWS)):
+            for block in _blocks(slice(0, len(columns)), GATHER_ROWS):
                 weight = head.gather(columns[block], workspace("rows", len(columns[block]), hidden.shape[1]))
                 unscaled.addmm_(coefs[block].T, weight, alpha=-1)
                 sums += share[block] @ weight
@@ -644,8 +645,6 @@ class _LinearLogprob(torch.autograd.Function):
             dweight = weight.new_empty(weight.shape, dtype=head.dtype) if need_weight else None
             dbias = bias.new_zeros(bias.shape, dtype=head.dtype) if need_bias else None
             if sampled and need_weight:
-                # The rank-1 tails of all sampled chunks in one product, then what stands on single columns.
-                tails = torch.stack([part.tail for part in sampled], 1)
                 sums = torch.stack([part.remainder @ _scale(hidden, -upstream, part.rows) for part in sampled])
 
             def fill(span: slice) -> None:
@@ -653,10 +652,11 @@ class _LinearLogprob(torch.autograd.Function):
                 workspace = _Workspace(upstream)
                 inside = rows[(targets[rows] >= span.start) & (targets[rows] < span.stop)]
                 if dweight is not None:
-                    if sampled:
-                        torch.mm(tails[span], sums, out=dweight[span])
-                    else:
+                    if not sampled:
                         dweight[span].zero_()
+                    # The rank-1 tails of all sampled chunks in one product, then what stands on single columns.
+                    for block in _blocks(span, TAIL_ROWS) if sampled else ():
+                        torch.mm(torch.stack([part.tail[block] for part in sampled], 1), sums, out=dweight[block])
                     for chunk in inside.split(EXACT_CHUNK):
                         dweight.index_add_(0, targets[chunk], _scale(hidden, upstream * at_target, chunk))
                 if dbias is not None:
@@ -693,6 +693,11 @@ class _LinearLogprob(torch.autograd.Function):
             None if dbias is None else dbias.to(bias.dtype),
             *[None] * 5,
         )
+
+
+def _blocks(span: slice, size: int) -> Iterator[slice]:
+    for start in range(span.start, span.stop, size):
+        yield slice(start, min(start + size, span.stop))
 
 
 def _even_spans(vocab: int, columns: list[Tensor], parts: int) -> list[slice]:
