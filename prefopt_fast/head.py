@@ -89,11 +89,12 @@ class LMHead:
 
         The weight is the model's own parameter, so tied embeddings stay tied. A LoRA adapter on the head itself
         contributes its (differentiable) delta, which costs one (V, H) tensor per call; its dropout is not applied.
-        A head that tensor parallelism shards by vocabulary, over the mesh dimension "tp", stays sharded.
+        A head that tensor parallelism shards by vocabulary, over the mesh dimension "tp", stays sharded; one that
+        bitsandbytes holds in 4 bits is dequantized for the call.
 
         Raises:
-            ValueError: the model has no output embedding, or one that is quantized, not a linear map, adapted by
-                anything but plain LoRA, or a part of one.
+            ValueError: the model has no output embedding, or one that is quantized in another way, not a linear map,
+                adapted by anything but plain LoRA, or a part of one.
         """
         while hasattr(model, "module") and not hasattr(model, "get_output_embeddings"):
             model = model.module  # DistributedDataParallel and its like
@@ -136,6 +137,10 @@ def _effective_weight(layer: Any) -> tuple[Tensor, Tensor | None]:
                     weight = weight + layer.get_delta_weight(name).to(weight.dtype)
         return weight, bias
     own = getattr(layer, "weight", None)
+    if hasattr(own, "quant_state"):  # bitsandbytes in 4 bits, packed and frozen
+        from bitsandbytes.functional import dequantize_4bit
+
+        own = dequantize_4bit(own.detach(), own.quant_state)
     if not isinstance(own, Tensor) or len(parallel.full_shape(own)) != 2 or not own.is_floating_point():
         found = f"{own.dtype} {tuple(own.shape)}" if isinstance(own, Tensor) else type(own).__name__
         raise ValueError(

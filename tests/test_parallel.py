@@ -5,8 +5,13 @@ Each world of processes is started once and runs its checks in order; a check th
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
+import io
 import os
+import runpy
+import socket
 import sys
 import time
 import traceback
@@ -16,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import torch.distributed as dist
 import transformers
@@ -253,6 +259,22 @@ def check_fsdp2_sharded_head() -> None:
         assert_gradients(model, expected_gradients(tied, ranks))
 
 
+def check_fsdp2_frozen_head() -> None:
+    """A frozen head is gathered without a gradient of its own, as it is under LoRA."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    model = make_model(False)
+    model.lm_head.requires_grad_(False)
+    fully_shard(model.model)
+    fully_shard(model.lm_head)
+    batch = make_batch(rank)
+    hidden = model.model(batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+    head = pf.LMHead.from_model(model)
+    stats = pf.token_logprobs(hidden.flatten(0, 1)[batch.positions], head, batch.targets.flatten()[batch.positions])
+    loss_of(stats.logprobs, ranks).backward()
+    assert isinstance(head.weight, DTensor) and head.weight.grad is None
+    assert_gradients(model.model, {name[6:]: grad for name, grad in expected_gradients(False, ranks).items()})
+
+
 def check_tensor_parallel_head() -> None:
     """A DTensor over the mesh dimension "tp", of a vocabulary that does not divide: no gathering, local gradients."""
     hidden, weight, targets = make_problem(30, VOCAB, HIDDEN)
@@ -322,6 +344,7 @@ def check_accelerate_accumulation() -> None:
 
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     policy = accelerator.prepare(ResponseModel(make_model(True)))
+    assert isinstance(policy, nn.parallel.DistributedDataParallel)
     for batch in (make_batch(accelerator.process_index), make_batch(1 - accelerator.process_index)):
         with accelerator.accumulate(policy):
             accelerator.backward(2 * loss_of(policy(batch).stats.logprobs, 2))
@@ -354,6 +377,34 @@ def check_zero3() -> None:
             engine.zero_grad()
 
 
+def check_examples(folder: Path, ports: list[int]) -> None:
+    """examples/ as torchrun would start them; what a rank prints ends in its losses."""
+    if dist.get_rank() == 0:
+        make_model(False).save_pretrained(folder / "example")
+        tiny.make_tokenizer(tiny.WORDS).save_pretrained(folder / "example")
+        tiny.make_pairs(folder / "pairs.json", 8)
+    dist.barrier()
+    rank = dist.get_rank()
+    for name, port, equal in (("fsdp2", ports[0], False), ("tensor_parallel", ports[1], True)):
+        dist.destroy_process_group()
+        os.environ["MASTER_PORT"] = str(port)
+        options = {
+            "--model": folder / "example",
+            "--data": folder / "pairs.json",
+            "--steps": 2,
+            "--learning-rate": 0.01,
+        }
+        sys.argv = [name, *(str(word) for option in options.items() for word in option)]
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            runpy.run_path(str(Path(__file__).parents[1] / "examples" / f"{name}.py"), run_name="__main__")
+        losses = torch.tensor([float(line.split()[-1]) for line in printed.getvalue().splitlines()])
+        dist.init_process_group("gloo", init_method=f"file://{folder}/{name}.store", rank=rank, world_size=2)
+        everyone = losses.new_empty(2, 2)
+        dist.all_gather([*everyone.unbind(0)], losses)
+        assert everyone.isfinite().all() and everyone[:, 0].min() > 0 and everyone[:, 0].max() < 0.6932, everyone
+        assert torch.equal(everyone[0], everyone[1]) == equal and not torch.equal(everyone[:, 0], everyone[:, 1])
+
+
 WORLDS: dict[int, list[Callable[..., None]]] = {
     2: [
         check_vocabulary_parallel,
@@ -363,9 +414,11 @@ WORLDS: dict[int, list[Callable[..., None]]] = {
         check_sequences,
         check_fsdp2,
         check_fsdp2_sharded_head,
+        check_fsdp2_frozen_head,
         check_tensor_parallel_model,
         check_accelerate_accumulation,
         check_bad_targets,
+        check_examples,
     ],
     4: [
         check_vocabulary_parallel,
@@ -376,54 +429,55 @@ WORLDS: dict[int, list[Callable[..., None]]] = {
     ],
 }
 if importlib.util.find_spec("deepspeed"):
-    WORLDS[2].append(check_zero3)
+    WORLDS[2].insert(-1, check_zero3)
 
 
-def run_checks(rank: int, ranks: int, folder: Path) -> None:
+def run_checks(rank: int, ranks: int, folder: Path, ports: list[int]) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "DS_ACCELERATOR": "cpu"}
-    os.environ |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    os.environ |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports[0])}
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
     for check in WORLDS[ranks]:
-        start = time.monotonic()
         torch.manual_seed(0)
         try:
-            check(folder) if check.__code__.co_argcount else check()
+            check(*(folder, ports)[: check.__code__.co_argcount])
             outcome = ""
         except Exception:
             outcome = traceback.format_exc()
-        print(f"{check.__name__} rank {rank}: {time.monotonic() - start:.1f} s", file=sys.stderr)
         (folder / f"{check.__name__}.{rank}").write_text(outcome)
         if outcome:
             return
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=sorted(WORLDS))
-def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
-    """A number of processes, and the folder in which each has left what its checks raised."""
-    ranks, folder = request.param, tmp_path_factory.mktemp("world")
-    context = torch.multiprocessing.get_context("spawn")
-    processes = [context.Process(target=run_checks, args=(rank, ranks, folder)) for rank in range(ranks)]
-    for process in processes:
-        process.start()
-    deadline = time.monotonic() + SECONDS
-    for process in processes:
-        process.join(max(0.0, deadline - time.monotonic()))
-        process.kill()
-        process.join()
-    return ranks, folder
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """Of a number of processes, which run once, the folder in which each has left what its checks raised."""
+
+    @functools.cache
+    def run(ranks: int) -> Path:
+        folder, context = tmp_path_factory.mktemp("world"), torch.multiprocessing.get_context("spawn")
+        with socket.socket() as one, socket.socket() as other:
+            ports = [(listener.bind(("127.0.0.1", 0)), listener.getsockname()[1])[1] for listener in (one, other)]
+        processes = [context.Process(target=run_checks, args=(rank, ranks, folder, ports)) for rank in range(ranks)]
+        for process in processes:
+            process.start()
+        deadline = time.monotonic() + SECONDS
+        for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+            process.kill()
+            process.join()
+        return folder
+
+    return run
 
 
-CHECKS = list(dict.fromkeys(check.__name__ for checks in WORLDS.values() for check in checks))
-
-
-@pytest.mark.parametrize("name", CHECKS)
-def test_against_one_process(world: tuple[int, Path], name: str) -> None:
-    ranks, folder = world
-    if name not in [check.__name__ for check in WORLDS[ranks]]:
-        pytest.skip(f"not with {ranks} processes")
+@pytest.mark.parametrize(
+    ("ranks", "name"), [(ranks, check.__name__) for ranks, checks in WORLDS.items() for check in checks]
+)
+def test_against_one_process(world: Callable[[int], Path], ranks: int, name: str) -> None:
+    folder = world(ranks)
     outcomes = [folder / f"{name}.{rank}" for rank in range(ranks)]
     failures = [path.read_text() if path.exists() else "not reached, or hung" for path in outcomes]
     assert not any(failures), "\n".join(f"rank {rank}: {failure}" for rank, failure in enumerate(failures))
