@@ -502,6 +502,7 @@ class _Forward:
             unscaled = head.rows(targets).mul_(at_target[:, None])
             share = sample.tail[columns] / keep
             sums, error = share.new_zeros(hidden.shape[1]), torch.zeros_like(total)
+            mean = sums  # of no columns at all, as NaN draws them
             for block in _blocks(slice(0, len(columns)), GATHER_ROWS):
                 weight = head.gather(columns[block], workspace("rows", len(columns[block]), hidden.shape[1]))
                 unscaled.addmm_(coefs[block].T, weight, alpha=-1)

@@ -236,6 +236,13 @@ def test_a_pair_of_tolerances():
     assert relative_error(ours["weight"], exact["weight"]) < 1e-5
 
 
+def test_nan_goes_through():
+    hidden, weight, targets = INPUTS["text"]()
+    hidden[::3] = torch.nan
+    _, ours = fast(hidden, weight, targets, torch.ones(N), grad_tolerance=2.0**-4)
+    assert ours["hidden"][::3].isnan().all() and ours["weight"].isnan().any()
+
+
 def test_logits_far_above_the_target_run_dense():
     """The target's logit is the shift of exp; logits 200 above it overflow, and are computed from their maximum."""
     hidden, weight, targets = text_like()
