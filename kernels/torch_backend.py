@@ -89,12 +89,9 @@ def _linear_logprob(*operands: Any) -> tuple[Any, ...]:
 
 def _workers(device: torch.device) -> int:
     """How many chunks are computed side by side."""
-    # With another threading library than OpenMP, a number of threads is not a thread's own.
-    return (
-        min(torch.get_num_threads(), MAX_WORKERS)
-        if device.type == "cpu" and torch.backends.openmp.is_available()
-        else 1
-    )
+    if device.type != "cpu" or not torch.backends.openmp.is_available():
+        return 1  # with another threading library a number of threads is not a thread's own
+    return min(torch.get_num_threads(), MAX_WORKERS)
 
 
 @cache

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import runpy
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from conftest import assert_as_good_as_plain, make_problem
 from torch import Tensor
@@ -131,3 +136,11 @@ def test_bad_input() -> None:
         ours.LigerFusedLinearKTOLoss()(call[1], call[0], call[2], preference_labels=torch.ones(8))
     with pytest.raises(ValueError, match=r"target must be \(sequences, T\), found \(48,\)"):
         ours.LigerFusedLinearCPOLoss()(call[0], call[1].flatten(0, 1), call[2].flatten())
+
+
+def test_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    model, pairs = tiny.make_model(tmp_path / "model"), tiny.make_pairs(tmp_path / "pairs.json", 8)
+    monkeypatch.setattr(sys, "argv", ["liger_dpo.py", "--model", model, "--data", pairs, "--learning-rate", "1e-2"])
+    runpy.run_path(str(Path(__file__).parent.parent / "examples" / "liger_dpo.py"), run_name="__main__")
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if "loss" in line]
+    assert len(lines) == 4 and abs(float(lines[0][-1]) - math.log(2)) < 1e-3 and float(lines[-1][3]) != 0
