@@ -137,7 +137,7 @@ def _effective_weight(layer: Any) -> tuple[Tensor, Tensor | None]:
                     weight = weight + layer.get_delta_weight(name).to(weight.dtype)
         return weight, bias
     own = getattr(layer, "weight", None)
-    if hasattr(own, "quant_state"):  # bitsandbytes in 4 bits, packed and frozen
+    if own is not None and hasattr(own, "quant_state"):  # bitsandbytes in 4 bits, packed and frozen
         from bitsandbytes.functional import dequantize_4bit
 
         own = dequantize_4bit(own.detach(), own.quant_state)
