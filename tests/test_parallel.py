@@ -276,26 +276,27 @@ def check_fsdp2_frozen_head() -> None:
 
 
 def check_tensor_parallel_head() -> None:
-    """A DTensor over the mesh dimension "tp", of a vocabulary that does not divide: no gathering, local gradients."""
+    """A DTensor whose rows do not divide: over the mesh dimension "tp" none is gathered, over another all are."""
     hidden, weight, targets = make_problem(30, VOCAB, HIDDEN)
-    model = nn.Module()
-    model.lm_head = nn.Linear(HIDDEN, VOCAB)
-    model.lm_head.weight.data, model.config = weight.clone(), transformers.LlamaConfig(vocab_size=VOCAB)
-    model.get_output_embeddings = lambda: model.lm_head
-    single = pf.LMHead(weight.clone().requires_grad_(), model.lm_head.bias.detach().clone().requires_grad_())
-    for head in (single, None):
-        operand = hidden.clone().requires_grad_()
-        if head is None:
-            mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
-            parallelize_module(model.lm_head, mesh, ColwiseParallel())
-            head = pf.LMHead.from_model(model)
-            assert head.group is not None
+    bias = torch.randn(VOCAB)
+    single = hidden.clone().requires_grad_(), weight.clone().requires_grad_(), bias.clone().requires_grad_()
+    pf.token_logprobs(single[0], pf.LMHead(*single[1:]), targets).logprobs.sum().backward()
+    for name in ("tp", "model"):
+        model = nn.Sequential(nn.Linear(HIDDEN, VOCAB))
+        model[0].weight.data, model[0].bias.data = weight.clone(), bias.clone()
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=(name,))
+        parallelize_module(model[0], mesh, ColwiseParallel())
+        model.config, model.get_output_embeddings = (
+            transformers.LlamaConfig(vocab_size=VOCAB),
+            functools.partial(model.get_submodule, "0"),
+        )
+        head, operand = pf.LMHead.from_model(model), hidden.clone().requires_grad_()
+        assert (head.group is None) == (name != "tp")
         pf.token_logprobs(operand, head, targets).logprobs.sum().backward()
-        if head is single:
-            dhidden = operand.grad
-    assert relative_error(operand.grad, dhidden) < 1e-6
-    for ours, expected in ((head.weight, single.weight), (head.bias, single.bias)):
-        assert ours.grad.placements == (Shard(0),) and relative_error(ours.grad.full_tensor(), expected.grad) < 1e-6
+        assert relative_error(operand.grad, single[0].grad) < 1e-6
+        for ours, expected in zip((head.weight, head.bias), single[1:], strict=True):
+            assert ours.grad.placements == (Shard(0),)
+            assert relative_error(ours.grad.full_tensor(), expected.grad) < 1e-6
 
 
 def check_data_and_tensor_parallel_head() -> None:
@@ -366,15 +367,14 @@ def check_zero3() -> None:
     }
     for tied in (True, False):
         policy = ResponseModel(make_model(tied))
-        optimizer = torch.optim.SGD(policy.parameters())
+        optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
         engine = deepspeed.initialize(model=policy, optimizer=optimizer, config=settings)[0]
         expected = expected_gradients(tied, ranks)
         for _step in range(3):  # from the third step on DeepSpeed knows the order of parameters
             engine.backward(loss_of(engine(make_batch(rank)).stats.logprobs, ranks))
             for name, parameter in policy.model.named_parameters():
                 assert relative_error(deepspeed.utils.safe_get_full_grad(parameter), expected[name]) < 1e-5, name
-            optimizer.zero_grad()
-            engine.zero_grad()
+            engine.step()
 
 
 def check_examples(folder: Path, ports: list[int]) -> None:
