@@ -761,7 +761,6 @@ def _times_weight(left: Tensor, head: _Head) -> Tensor:
     if head.weight.dtype == head.dtype:
         return left @ head.weight
     out = left.new_zeros(left.shape[0], head.weight.shape[1])
-    for start in range(0, left.shape[1], UPCAST_ROWS):
-        tile = slice(start, start + UPCAST_ROWS)
+    for tile in _blocks(slice(0, left.shape[1]), UPCAST_ROWS):
         out.addmm_(left[:, tile], head.rows(tile))
     return out

@@ -115,6 +115,9 @@ class _FusedLinearPreferenceLoss(_FusedLinearLoss):
         aux = (*logps, *logits_mean, nll, *(self.beta * (logps if ref_logps is None else logps - ref_logps)))
         return loss, tuple(value.detach() for value in aux)
 
+    def forward(self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None) -> LossAndAux:
+        return self._forward(lin_weight, _input, target, bias)
+
 
 class LigerFusedLinearDPOLoss(_FusedLinearPreferenceLoss):
     """DPO and its relatives: :func:`prefopt_fast.preference_loss` under Liger's calling convention.
@@ -191,9 +194,6 @@ class LigerFusedLinearSimPOLoss(_FusedLinearPreferenceLoss):
         options = {"gamma": gamma, "label_smoothing": label_smoothing}
         super().__init__("simpo", beta, alpha, compute_nll_loss, False, True, ignore_index, options)
 
-    def forward(self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None) -> LossAndAux:
-        return self._forward(lin_weight, _input, target, bias)
-
 
 class LigerFusedLinearCPOLoss(_FusedLinearPreferenceLoss):
     """CPO under Liger's calling convention; results as :meth:`LigerFusedLinearDPOLoss.forward`."""
@@ -211,9 +211,6 @@ class LigerFusedLinearCPOLoss(_FusedLinearPreferenceLoss):
     ):
         options = {"nll_weight": 0.0, "label_smoothing": label_smoothing}
         super().__init__("cpo", beta, alpha, compute_nll_loss, False, average_log_prob, ignore_index, options)
-
-    def forward(self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None) -> LossAndAux:
-        return self._forward(lin_weight, _input, target, bias)
 
 
 class LigerFusedLinearORPOLoss(_FusedLinearPreferenceLoss):
