@@ -224,7 +224,7 @@ def wpo_task(options: argparse.Namespace) -> Task:
     from prefopt_fast.batch import collate, encode, load_preferences
     from prefopt_fast.config import TrainConfig
     from prefopt_fast.objectives import make_objective
-    from prefopt_fast.policy import hidden_states, load_model, load_tokenizer
+    from prefopt_fast.policy import hidden_states, load_model, load_tokenizer, verify_packing
 
     tokenizer = load_tokenizer(options.model)
     encoded, _ = encode(load_preferences(options.data), tokenizer, options.max_length)
@@ -236,7 +236,9 @@ def wpo_task(options: argparse.Namespace) -> Task:
         return batch.to(options.device)
 
     def response_states(model: Any, batch: Any) -> Tensor:
-        return hidden_states(model, batch.input_ids, batch.attention_mask).flatten(0, 1)[batch.positions]
+        return hidden_states(
+            model, batch.input_ids, batch.attention_mask, batch.positions, packs, pairs=len(batch.rows)
+        )
 
     def step_rows(i: int, seed: int) -> list[int]:
         first = (i - 1 + seed * options.steps) * options.batch_size
@@ -244,6 +246,7 @@ def wpo_task(options: argparse.Namespace) -> Task:
 
     held_out = [batch_of([row]) for row in range(len(encoded) - options.held_out, len(encoded))]
     reference_model = load_model(options.model, torch.float32).to(options.device).eval()
+    packs = verify_packing(reference_model)
     reference: dict[tuple[int, ...], Tensor] = {}
 
     @torch.no_grad()
@@ -291,7 +294,7 @@ def wpo_task(options: argparse.Namespace) -> Task:
 
 
 def _targets(batch: Any) -> Tensor:
-    return batch.targets.flatten()[batch.positions]
+    return batch.scored
 
 
 def markdown(results: Mapping[str, Any]) -> str:

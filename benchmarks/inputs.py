@@ -226,17 +226,16 @@ def real(
 def _hidden_states(model: str, data: str) -> dict[str, Tensor]:
     from prefopt_fast import LMHead
     from prefopt_fast.batch import collate, encode, load_preferences
-    from prefopt_fast.policy import hidden_states, load_model, load_tokenizer
+    from prefopt_fast.policy import hidden_states, load_model, load_tokenizer, verify_packing
 
     lm, tokenizer = load_model(model, torch.float32).eval(), load_tokenizer(model)
-    head = LMHead.from_model(lm)
+    head, packs = LMHead.from_model(lm), verify_packing(lm)
     encoded, _ = encode(load_preferences(data), tokenizer, max_length=1024)
     hidden, targets = [], []
     for row in encoded:
         batch = collate([row], pad_token_id=tokenizer.pad_token_id)
-        states = hidden_states(lm, batch.input_ids, batch.attention_mask)
-        hidden.append(states.flatten(0, 1)[batch.positions])
-        targets.append(batch.targets.flatten()[batch.positions])
+        hidden.append(hidden_states(lm, batch.input_ids, batch.attention_mask, batch.positions, packs, pairs=1))
+        targets.append(batch.scored)
         if sum(map(len, targets)) >= REAL_TOKENS:
             break
     return {

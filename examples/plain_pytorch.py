@@ -9,11 +9,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prefopt_fast as pf
 from prefopt_fast.batch import collate, encode, load_preferences
+from prefopt_fast.policy import hidden_states, verify_packing
 
 
-def hidden_states(model: torch.nn.Module, batch) -> torch.Tensor:
-    """The backbone alone, so that no logits are made."""
-    return model.model(batch.input_ids, batch.attention_mask, use_cache=False).last_hidden_state
+def response_states(model: torch.nn.Module, batch, packs: bool) -> torch.Tensor:
+    """(N, H) from the backbone alone: no logits; without padding and with prompts once where it ``packs``."""
+    return hidden_states(model, batch.input_ids, batch.attention_mask, batch.positions, packs, pairs=len(batch.rows))
 
 
 def main() -> None:
@@ -32,24 +33,21 @@ def main() -> None:
     encoded, report = encode(load_preferences(options.data), tokenizer, max_length=1024)
     print(report)
 
-    def batch_of(rows: list[dict]):
-        return collate(rows, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id).to(device)
-
     criterion = pf.WPOLoss(beta=0.1)
-    head = pf.LMHead.from_model(model)
-    loader = DataLoader(encoded, options.batch_size, shuffle=True, collate_fn=batch_of)
+    head, packs = pf.LMHead.from_model(model), verify_packing(model)
+    loader = DataLoader(encoded, options.batch_size, shuffle=True, collate_fn=lambda rows: collate(rows).to(device))
     ref_logps = {}  # of the model before its training, by row: (chosen, rejected)
     with torch.no_grad():
         for batch in loader:
-            stats = pf.token_logprobs(hidden_states(model, batch), head, batch.targets)
-            pairs = torch.stack(pf.sequence_logprobs(stats).sum.chunk(2), 1)
+            stats = pf.token_logprobs(response_states(model, batch, packs), head, batch.scored)
+            pairs = torch.stack(pf.sequence_logprobs(stats, batch.cu_seqlens).sum.chunk(2), 1)
             ref_logps |= dict(zip(batch.rows.tolist(), pairs, strict=True))
 
     optimizer = torch.optim.AdamW(model.parameters(), options.learning_rate)
     batches = itertools.chain.from_iterable(itertools.repeat(loader))
     for step, batch in enumerate(itertools.islice(batches, options.steps), 1):
         ref = torch.stack([ref_logps[row] for row in batch.rows.tolist()], 1).flatten()
-        loss, metrics = criterion(hidden_states(model, batch), head, batch.targets, ref)
+        loss, metrics = criterion(response_states(model, batch, packs), head, batch.scored, ref, batch.cu_seqlens)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -499,6 +499,11 @@ class ResponseBatch:
     responses: tuple[str, ...]
     sample_weight: Tensor | None = None
 
+    @property
+    def scored(self) -> Tensor:
+        """(N,) int64, the targets at ``positions``."""
+        return self.targets.flatten()[self.positions]
+
     def to(self, device: torch.device | str) -> ResponseBatch:
         fields = vars(self).items()
         moved: dict[str, Any] = {k: v.to(device, non_blocking=True) for k, v in fields if isinstance(v, Tensor)}

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .batch import ResponseBatch, hub_name
 from .head import LMHead
+from .packing import pack, packable
 from .parallel import localize
 from .token_stats import TokenStats, token_logprobs
 
@@ -57,21 +59,23 @@ class ResponseModel(nn.Module):
         self.backend = backend
         self.temperature = temperature
         self.seed = seed
-        self._verified = False
+        self._packs: bool | None = None  # not known before the first batch
 
     def forward(self, batch: ResponseBatch, stats: tuple[str, ...] = ()) -> ResponseStats:
         """Log-probs, and the statistics named in ``stats``, of the batch's response tokens.
 
-        The first call verifies the head, see :func:`verify_head`.
+        The first call verifies the head, see :func:`verify_head`, and whether sequences need padding, see
+        :func:`verify_packing`.
         """
-        if not self._verified:
+        if self._packs is None:
             verify_head(self.model, batch.input_ids[:1, :_CHECK_TOKENS])
-            self._verified = True
-        hidden = hidden_states(self.model, batch.input_ids, batch.attention_mask)  # (S, T, H)
+            self._packs = verify_packing(self.model)
         token_stats = token_logprobs(
-            hidden.flatten(0, 1)[batch.positions],
+            hidden_states(
+                self.model, batch.input_ids, batch.attention_mask, batch.positions, self._packs, len(batch.rows)
+            ),
             LMHead.from_model(self.model).with_temperature(self.temperature),
-            batch.targets.flatten()[batch.positions],
+            batch.scored,
             stats=stats,
             grad_tolerance=self.grad_tolerance,
             backend=self.backend,
@@ -82,11 +86,23 @@ class ResponseModel(nn.Module):
 
 def hidden_states(
     model: nn.Module,
-    input_ids: Tensor,  # (S, T)
+    input_ids: Tensor,  # (S, T), padded on the right
     attention_mask: Tensor,  # (S, T)
+    positions: Tensor,  # (N,), in the flattened (S · T) layout
+    packs: bool,
+    pairs: int,
 ) -> Tensor:
-    """(S, T, H): what the model's head would be given."""
-    return find_backbone(model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    """(N, H): what the model's head would be given at ``positions``.
+
+    packs: leave padding out, and compute what sequence s has in common with sequence s mod ``pairs`` once; see
+    :func:`verify_packing`.
+    """
+    backbone = find_backbone(model)
+    if not packs:
+        output = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        return output.last_hidden_state.flatten(0, 1)[positions]
+    packing = pack(input_ids, attention_mask, pairs)
+    return backbone(**packing.inputs()).last_hidden_state[0][packing.place[positions]]
 
 
 def find_backbone(model: nn.Module) -> nn.Module:
@@ -114,6 +130,12 @@ def find_backbone(model: nn.Module) -> nn.Module:
     return backbone
 
 
+def check_tokens(model: nn.Module) -> Tensor:
+    """(1, T) token ids to verify a model on where there is no batch yet."""
+    count = min(_CHECK_TOKENS, LMHead.from_model(model).vocab_size)
+    return torch.arange(count, device=next(model.parameters()).device)[None]
+
+
 @torch.no_grad()
 def verify_head(
     model: nn.Module,
@@ -129,7 +151,7 @@ def verify_head(
     """
     with _evaluation(model):
         expected = model(input_ids=input_ids, use_cache=False).logits.double()
-        hidden = hidden_states(model, input_ids, torch.ones_like(input_ids))
+        hidden = find_backbone(model)(input_ids=input_ids, use_cache=False).last_hidden_state
         head = localize(LMHead.from_model(model), hidden.dtype)
         logits = nn.functional.linear(hidden, head.weight.to(hidden.dtype)).double()
     if head.group is not None:
@@ -138,11 +160,8 @@ def verify_head(
         logits = logits + head.bias
     scale, softcap = head.transform
     logits = scale * logits if softcap is None else softcap * torch.tanh(scale * logits / softcap)
-    # Both sides round operands, product and a few elementwise steps in the coarsest of these; float32 may be TF32.
-    dtypes = {hidden.dtype, head.weight.dtype}
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtypes.add(torch.get_autocast_dtype(hidden.device.type))
-    epsilon = max(1e-4, *(torch.finfo(dtype).eps for dtype in dtypes))
+    # Both sides round operands, product and a few elementwise steps.
+    epsilon = _epsilon(hidden.device, hidden.dtype, head.weight.dtype)
     difference, norm = float((logits - expected).norm()), float(expected.norm())
     if not math.isfinite(norm):
         raise ValueError(f"{type(model).__name__} computes logits that are not finite: are its weights?")
@@ -151,6 +170,35 @@ def verify_head(
             f"{type(model).__name__}: logits from its hidden states and head differ by {difference:.2g} (norm) from "
             f"its own, of norm {norm:.2g}: this family computes logits in a way that LMHead.from_model does not know"
         )
+
+
+@torch.no_grad()
+def verify_packing(model: nn.Module) -> bool:
+    """Whether the backbone computes packed sequences as padded ones: compared on two that share a beginning.
+
+    A model whose layers look at neighbours by other means than an attention known to packing.py is found here; its
+    batches are padded.
+    """
+    if not packable(find_backbone(model)):
+        return False
+    ids = check_tokens(model)
+    other = torch.cat([ids[:, : -(ids.shape[1] // 2)], ids.flip(1)], 1)
+    pair = torch.cat([F.pad(ids, (0, other.shape[1] - ids.shape[1])), other])
+    mask = torch.ones_like(pair)
+    mask[0, ids.shape[1] :] = 0
+    positions = mask.flatten().nonzero().squeeze(-1)
+    with _evaluation(model):
+        packed, padded = (hidden_states(model, pair, mask, positions, packs, pairs=1) for packs in (True, False))
+    # All layers round here, each way in its own order.
+    allowed = 16 * _epsilon(padded.device, padded.dtype) * padded.norm(dim=-1)
+    return bool(((packed - padded).norm(dim=-1) <= allowed).all())
+
+
+def _epsilon(device: torch.device, *dtypes: torch.dtype) -> float:
+    """Machine epsilon of the coarsest dtype a product may be computed in; float32 may be TF32."""
+    if torch.is_autocast_enabled(device.type):
+        dtypes += (torch.get_autocast_dtype(device.type),)
+    return max(1e-4, *(torch.finfo(dtype).eps for dtype in dtypes))
 
 
 @contextlib.contextmanager

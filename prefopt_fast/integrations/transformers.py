@@ -25,11 +25,10 @@ from ..batch import IGNORE_INDEX, RESPONSES, collate
 from ..head import LMHead
 from ..metrics import Sums, summarize
 from ..modules import GradTolerance, draw_seed
-from ..policy import ResponseModel, find_backbone, verify_head
+from ..packing import pack
+from ..policy import ResponseModel, check_tokens, find_backbone, verify_head, verify_packing
 from ..sequence_stats import sequence_logprobs
 from ..token_stats import token_logprobs
-
-_CHECK_TOKENS = 16  # on which a model's head is verified
 
 
 def fused_causal_lm_loss(
@@ -199,7 +198,9 @@ class PreferenceTrainer(transformers.Trainer):
         self.loss: Any = loss
         self._sums = {"train": Sums(), "eval": Sums()}
         self._check_options()
-        _require_separate_head(self.model)
+        policy: Any = self.model
+        _require_separate_head(policy)
+        self._packs = verify_packing(policy)
         if not isinstance(self.data_collator, PairCollator):
             pad_token_id = getattr(self.processing_class, "pad_token_id", None)
             self.data_collator = PairCollator(0 if pad_token_id is None else pad_token_id)
@@ -244,12 +245,16 @@ class PreferenceTrainer(transformers.Trainer):
     ) -> Any:
         sequences = {name: value.transpose(0, 1).flatten(0, 1) for name, value in inputs.items() if value.dim() == 3}
         targets = sequences.pop("targets")
-        hidden = _last_hidden_states(model, sequences)
+        pairs = len(inputs["input_ids"])
+        if self._packs:  # no padding, and prompts once
+            packing = pack(sequences["input_ids"], sequences["attention_mask"], pairs)
+            hidden = _last_hidden_states(model, packing.inputs())[0][packing.place].view(*targets.shape, -1)
+        else:
+            hidden = _last_hidden_states(model, sequences)
         ref_logps = inputs["ref_logps"].T.flatten() if self.loss.objective.frozen else None
         weights = inputs.get("sample_weight")
         with self.accelerator.autocast():
             loss, metrics = self.loss(hidden, LMHead.from_model(model), targets, ref_logps, sample_weight=weights)
-        pairs = len(inputs["input_ids"])
         self._sums["train" if model.training else "eval"].add({**metrics, "pairs": torch.tensor(float(pairs))})
         if num_items_in_batch is not None:
             # DistributedDataParallel averages over processes.
@@ -282,12 +287,12 @@ class PreferenceTrainer(transformers.Trainer):
         return summarize(total) if total else {}
 
 
-def _last_hidden_states(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+def _last_hidden_states(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     """What the head is given, from a call of ``model`` as it is wrapped, with logits of one position per sequence."""
     captured: list[Tensor] = []
     hook = find_backbone(model).register_forward_hook(lambda _, __, output: captured.append(output.last_hidden_state))
     try:
-        model(**inputs, logits_to_keep=1, use_cache=False)
+        model(**inputs | {"logits_to_keep": 1, "use_cache": False})
     finally:
         hook.remove()
     return captured[0]
@@ -298,5 +303,4 @@ def _require_separate_head(model: Any) -> None:
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     if "logits_to_keep" not in inspect.signature(causal_lm.forward).parameters:
         raise ValueError(f"{type(causal_lm).__name__}.forward has no logits_to_keep: its logits cannot be left out")
-    count = min(_CHECK_TOKENS, LMHead.from_model(model).vocab_size)
-    verify_head(model, torch.arange(count, device=next(model.parameters()).device)[None])
+    verify_head(model, check_tokens(model))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from packaging.version import Version
 from torch import Tensor
 
@@ -40,7 +41,15 @@ from ..frozen import stored
 from ..head import LMHead
 from ..kernels.dispatch import resolve_backend
 from ..losses import hyperparameter_names, loss_mixture, reference_free, wpo_loss, wpo_pair_weight, wspo_loss
-from ..policy import find_backbone, load_model, load_tokenizer, verify_head
+from ..policy import (
+    check_tokens,
+    find_backbone,
+    hidden_states,
+    load_model,
+    load_tokenizer,
+    verify_head,
+    verify_packing,
+)
 from ..scoring import LogprobStore, data_digest, tokenizer_digest
 from ..sequence_stats import SequenceLogprobs, alignment_stat, segment_sum, sequence_logprobs, wpo_weights
 from ..token_stats import TokenStats, resolve_grad_tolerance, token_logprobs
@@ -301,9 +310,11 @@ class _Trainer(DPOTrainer):
         if self._is_vision_dataset or self.aux_loss_enabled:
             found = "images in the dataset" if self._is_vision_dataset else "a router loss (router_aux_loss_coef)"
             raise ValueError(f"{type(self).__name__} trains on text and without a router loss; found {found}")
-        tokens = torch.arange(min(16, self.model.get_input_embeddings().num_embeddings), device=self.model.device)
-        verify_head(self.model, tokens[None])
-        _add_fast_head(self.model, ("entropy", "mean_logit", "is_top1", *self._loss_stats()), args)
+        verify_head(self.model, check_tokens(self.model))
+        sides = len(self._responses)
+        _add_fast_head(self.model, ("entropy", "mean_logit", "is_top1", *self._loss_stats()), args, sides)
+        if self.ref_model is not None:
+            _add_fast_head(self.accelerator.unwrap_model(self.ref_model), (), args, sides)
 
     @classmethod
     def _resolve_args(cls, model: Any, args: Any) -> Any:
@@ -321,10 +332,6 @@ class _Trainer(DPOTrainer):
     def _loss(self, stats: TokenStats, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """From statistics (S, T - 1) to the loss () and metrics, each a vector whose mean is logged."""
         raise NotImplementedError
-
-    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
-        with use_fast_logprobs(backend=self.args.backend):
-            return super().compute_ref_log_probs(model, inputs)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         ours = ("completion_mask", *self._frozen_inputs)
@@ -365,12 +372,13 @@ class _Trainer(DPOTrainer):
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
 
 
-def _add_fast_head(model: Any, stats: tuple[str, ...], args: _Config) -> None:
+def _add_fast_head(model: Any, stats: tuple[str, ...], args: _Config, sides: int) -> None:
     """Make ``model(..., labels=labels, fused_lm_head=True)`` return statistics (S, T - 1) of labels[:, 1:].
 
     TRL's add_fused_lm_head by our operator: inside the model's forward, so that wrappers' hooks see its parameters.
+    Without padding where the model can do that, and with what the ``sides`` of a pair share computed once.
     """
-    find_backbone(model)  # raises for prompt-learning adapters
+    packs = verify_packing(model)  # raises for prompt-learning adapters
     model = model.get_base_model() if is_peft_model(model) else model
     forward, seeds = model.forward, itertools.count()
 
@@ -379,10 +387,15 @@ def _add_fast_head(model: Any, stats: tuple[str, ...], args: _Config) -> None:
         if not fused_lm_head:
             return forward(*inputs, **kwargs)
         labels = kwargs.pop("labels")[:, 1:]
-        hidden = find_backbone(self)(*inputs, **kwargs).last_hidden_state[:, :-1]
         mask = labels != IGNORE_INDEX
+        positions = F.pad(mask, (0, 1)).flatten().nonzero().squeeze(-1)
+        if packs:
+            ids, attention_mask = kwargs["input_ids"], kwargs["attention_mask"]
+            hidden = hidden_states(self, ids, attention_mask, positions, packs, len(ids) // sides)
+        else:
+            hidden = find_backbone(self)(*inputs, **kwargs).last_hidden_state.flatten(0, 1)[positions]
         found = token_logprobs(
-            hidden[mask],
+            hidden,
             LMHead.from_model(self),
             labels[mask],
             stats,
@@ -614,7 +627,7 @@ class WSPOTrainer(_Trainer):
             if isinstance(model, str):
                 model = load_model(model, self.model.dtype, self.args.trust_remote_code)
             model = model.to(self.accelerator.device).eval()
-            _add_fast_head(model, (), self.args)
+            _add_fast_head(model, (), self.args, len(self._responses))
         loader = self.accelerator.prepare(DataLoader(dataset, batch_size, collate_fn=self.data_collator))
         rows: list[list[float]] = []
         for batch in tqdm(loader, desc=f"Scoring the {name} data with {frozen}"):
