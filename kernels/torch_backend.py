@@ -56,9 +56,10 @@ FIRST_CHUNK = 64  # tokens: what it teaches about ε should not cost much
 PROBS_BYTES = 512 << 20  # of exact probabilities kept for the backward; beyond it they are recomputed
 SAMPLE_BYTES = 24 << 20  # of sampled coefficients kept for the backward; beyond it they are recomputed
 GATHER_ROWS = 2048  # of the weight, gathered at a time
+TAILS = 16  # upcast at a time
 TAIL_ROWS = 4096  # of dweight, filled with the sampled chunks' tails at a time
 UPCAST_ROWS = 4096  # of a 16-bit weight at a time
-HALF_TOLERANCE = 2.0**-9  # from here on coefficients are kept in fp16: their rounding is 2⁻¹² beside it
+HALF_TOLERANCE = 2.0**-9  # from here on what is kept for the backward has 16 bits: of rounding that averages out
 HELD_SHARE = 1 / 16  # of the vocabulary whose selection waits for the whole sums
 MAX_KEPT = 0.6  # share of the columns from which on a chunk is computed exactly
 
@@ -338,6 +339,7 @@ class _Forward:
         self.tolerances = options.grad_tolerance
         needed = [tolerance for tolerance, need in zip(options.grad_tolerance, needs, strict=True) if need]
         self.steering = Steering(min(needed)) if needed and min(needed) > 0 else None
+        self.halves = min(self.tolerances) >= HALF_TOLERANCE
         self.workers = _workers(hidden.device)
         self.workspaces = [_Workspace(self.at_target) for _ in range(self.workers)]
         self.generator = torch.Generator(hidden.device).manual_seed(options.seed)
@@ -358,10 +360,11 @@ class _Forward:
             dense += self.sampled_chunks(tried, steering)
         self.exact_chunks(torch.cat(dense))
         if self.unscaled is not None and self.sampled:
-            # All μ = qᵀW in one product.
-            means = _times_weight(torch.stack([part.tail for part in self.sampled]), self.head)
-            for part, mean in zip(self.sampled, means, strict=True):
-                self.unscaled.index_add_(0, part.rows, part.remainder[:, None] * -mean)
+            for start in range(0, len(self.sampled), TAILS):  # so many μ = qᵀW in one product
+                parts = self.sampled[start : start + TAILS]
+                tails = torch.stack([part.tail for part in parts]).to(self.head.dtype)
+                for part, mean in zip(parts, _times_weight(tails, self.head), strict=True):
+                    self.unscaled.index_add_(0, part.rows, part.remainder[:, None] * -mean)
         return steering.report()
 
     def waves(self, rows: Tensor, largest: int) -> Iterator[Sequence[Tensor]]:
@@ -516,9 +519,9 @@ class _Forward:
             sample = sample._replace(mass=sample.mass[~failing])
         kept = None
         if self.need_weight and self.sample_left > 0:
-            dtype = torch.float16 if min(self.tolerances) >= HALF_TOLERANCE else coefs.dtype
-            kept = coefs.to(dtype, copy=True)
-        sampled = _Sampled(rows[~failing], columns, keep, sample.tail, sample.mass, remainder, kept)
+            kept = coefs.to(torch.float16 if self.halves else coefs.dtype, copy=True)
+        tail = sample.tail.to(torch.bfloat16) if self.halves else sample.tail
+        sampled = _Sampled(rows[~failing], columns, keep, tail, sample.mass, remainder, kept)
         return _Group(rows[failing], sampled, estimate)
 
 
@@ -639,7 +642,7 @@ class _LinearLogprob(torch.autograd.Function):
         upstream = grad.to(head.dtype) * head.scale
 
         with torch.autocast(hidden.device.type, enabled=False):
-            dhidden = (unscaled * upstream[:, None]).to(hidden.dtype) if need_hidden else None
+            dhidden = _times_upstream(unscaled, upstream).to(hidden.dtype) if need_hidden else None
             dweight = weight.new_empty(weight.shape, dtype=head.dtype) if need_weight else None
             dbias = bias.new_zeros(bias.shape, dtype=head.dtype) if need_bias else None
             if sampled and need_weight:
@@ -654,7 +657,8 @@ class _LinearLogprob(torch.autograd.Function):
                         dweight[span].zero_()
                     # The rank-1 tails of all sampled chunks in one product, then what stands on single columns.
                     for block in _blocks(span, TAIL_ROWS) if sampled else ():
-                        torch.mm(torch.stack([part.tail[block] for part in sampled], 1), sums, out=dweight[block])
+                        tails = torch.stack([part.tail[block] for part in sampled], 1).to(head.dtype)
+                        torch.mm(tails, sums, out=dweight[block])
                     for chunk in inside.split(EXACT_CHUNK):
                         dweight.index_add_(0, targets[chunk], _scale(hidden, upstream * at_target, chunk))
                 if dbias is not None:
@@ -713,6 +717,13 @@ def _scale(hidden: Tensor, factor: Tensor, rows: Tensor) -> Tensor:
     return hidden[rows].to(factor.dtype).mul_(factor[rows, None])
 
 
+def _times_upstream(unscaled: Tensor, upstream: Tensor) -> Tensor:
+    """(N, H) unscaled (N, H) · upstream (N,), in place where no later backward of this graph needs ``unscaled``."""
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        return unscaled * upstream[:, None]
+    return unscaled.mul_(upstream[:, None])
+
+
 def _sampled_coefficients(
     part: _Sampled,
     head: _Head,
@@ -729,7 +740,7 @@ def _sampled_coefficients(
     slope = 1 if head.softcap is None else head.slope(logits)
     probs = logits.sub_(logsumexp[part.rows]).exp_().mul_(slope)
     probs.masked_fill_(part.columns[:, None] == targets[part.rows], 0)
-    sample = Sample(part.columns, part.keep, part.tail, part.mass)
+    sample = Sample(part.columns, part.keep, part.tail.to(head.dtype), part.mass)
     return coefficients(sample, probs, others[part.rows])[0]
 
 

@@ -88,7 +88,7 @@ def test_peak_memory_is_that_of_the_logits() -> None:
     if extra is None:
         pytest.skip("this system does not tell the high-water mark of a process")
     logits = 4 * problem.tokens * problem.vocab
-    assert 2 * logits <= extra <= 5.5 * logits
+    assert 2 * logits <= extra <= 7 * logits  # 4.9, or 5.9 where autograd adds two gradients out of place
 
 
 def test_what_fails_is_absent_with_the_reason(problem: inputs.Problem) -> None:

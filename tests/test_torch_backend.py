@@ -285,3 +285,16 @@ def test_exact_memory_is_bounded(monkeypatch):
     hidden.requires_grad_(), weight.requires_grad_()
     _, peak, _ = peak_bytes(lambda: logprobs(hidden, pf.LMHead(weight), targets).logprobs.sum().backward())
     assert peak < 0.15 * 2048 * 8192 * 4
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 2.0**-8])
+def test_backward_again(tolerance: float) -> None:
+    """The last backward of a graph takes over what the ones before have to leave."""
+    hidden, weight, targets = (x.requires_grad_() if x.is_floating_point() else x for x in make_problem(40, 300, 16))
+    logprobs = pf.token_logprobs(hidden, pf.LMHead(weight), targets, grad_tolerance=tolerance, backend="torch").logprobs
+    upstream = torch.randn(40)
+    first, second, last = (
+        torch.autograd.grad(logprobs, (hidden, weight), upstream, retain_graph=retain) for retain in (True, True, False)
+    )
+    for again in (second, last):
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
