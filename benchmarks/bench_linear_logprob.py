@@ -27,7 +27,17 @@ from torch import Tensor
 
 import prefopt_fast as pf
 
-_PRODUCT_OPS = {f"aten::{name}{end}" for name in ("mm", "addmm", "bmm", "baddbmm") for end in ("", "_")}
+PRODUCTS, OUTSIDE = "products", "outside of torch's operators"
+# What torch's operators do, by their names; those that are not here are elementwise arithmetic.
+_KINDS = {
+    PRODUCTS: "mm addmm bmm baddbmm",
+    "exponentials": "exp logsumexp _log_softmax _softmax _log_softmax_backward_data",
+    "sums": "sum mv addmv dot amax max cumsum linalg_vector_norm",
+    "gathers, scatters": "index index_select index_add index_fill gather scatter scatter_add nonzero cat stack sort "
+    "argsort searchsorted index_put _index_put_impl bincount",
+    "copies, zeros": "copy zero fill to _to_copy empty clone zeros uniform",
+}
+_KIND_OF = {name: kind for kind, names in _KINDS.items() for name in names.split()}
 
 
 @dataclass
@@ -35,9 +45,9 @@ class Row:
     """One peer on one problem: seconds of each round, and what else was measured (None where it was not).
 
     forward, backward: wall time. process: processor time of both, all threads. extra_bytes: peak above inputs and
-    gradients, of the torch allocator on a GPU, of the process's resident set on a Linux CPU. product, rest: seconds
-    inside and outside of matrix products, under the profiler, which follows one thread: torch has no other then.
-    errors: relative (Frobenius), against float64. absent: why there is no measurement.
+    gradients, of the torch allocator on a GPU, of the process's resident set on a Linux CPU. profile: seconds by what
+    torch's operators do, under the profiler, which follows one thread: torch has no other then. errors: relative
+    (Frobenius), against float64. absent: why there is no measurement.
     """
 
     name: str
@@ -47,8 +57,7 @@ class Row:
     backward: list[float] = field(default_factory=list)
     process: list[float] = field(default_factory=list)
     extra_bytes: int | None = None
-    product: float | None = None
-    rest: float | None = None
+    profile: dict[str, float] | None = None
     errors: dict[str, float] | None = None
     grad_report: dict[str, float] | None = None
 
@@ -81,7 +90,7 @@ def compare(
     Args:
         rounds: interleaved timings of each, after one untimed call that compiles and shows who is absent.
         train_head: whether the weight takes a gradient.
-        memory, split: also measure peak memory, and the time in products, in one call each.
+        memory, split: also measure peak memory, and where the time goes, in one call each.
         truth_tokens: where positive, also errors against float64 on that many first tokens.
     """
     torch.compiler.reset()  # shapes of earlier problems would count against torch.compile's limit of variants
@@ -103,7 +112,7 @@ def compare(
         if memory:
             row.extra_bytes = peak_memory(peer, problem)
         if split:
-            row.product, row.rest = product_and_rest(peer, problem)
+            row.profile = profile(peer, problem)
         if truth is not None and peer is not peers.PRODUCT:
             row.errors = errors(peer, problem.first(truth_tokens), truth, train_head)
     return rows
@@ -152,10 +161,10 @@ def peak_memory(peer: Peer, problem: Problem) -> int | None:
     return extra
 
 
-def product_and_rest(peer: Peer, problem: Problem) -> tuple[float, float]:
-    """Seconds inside of torch's matrix products, and outside of them.
+def profile(peer: Peer, problem: Problem) -> dict[str, float]:
+    """Seconds on one thread by what torch's operators do, and outside of them.
 
-    A Triton kernel that multiplies counts as rest: what is fused cannot be split.
+    A Triton kernel that multiplies counts as outside: what is fused cannot be split.
     """
     _clean(problem)
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -173,10 +182,14 @@ def product_and_rest(peer: Peer, problem: Problem) -> tuple[float, float]:
             wall = time.perf_counter() - start
     finally:
         torch.set_num_threads(threads)
-    totals = {average.key: getattr(average, attribute) * 1e-6 for average in profiler.key_averages()}
     _clean(problem)
-    product = sum(seconds for name, seconds in totals.items() if name in _PRODUCT_OPS)
-    return product, max(0.0, wall - product)
+    found = dict.fromkeys((*_KINDS, "elementwise", OUTSIDE), 0.0)
+    for average in profiler.key_averages():
+        if average.key.startswith("aten::"):
+            kind = _KIND_OF.get(average.key.removeprefix("aten::").rstrip("_"), "elementwise")
+            found[kind] += getattr(average, attribute) * 1e-6
+    found[OUTSIDE] = max(0.0, wall - sum(found.values()))
+    return found
 
 
 def float64_truth(problem: Problem, train_head: bool = True) -> dict[str, Tensor]:

@@ -95,7 +95,7 @@ def main() -> None:
     rounds: dict[str, list[Result]] = {name: [] for name in options.trainers}
     with tempfile.TemporaryDirectory() as scratch:
         pairs = Path(scratch) / "pairs.jsonl"
-        write_pairs(options, pairs)
+        settings["tokens"] = write_pairs(options, pairs)
         for number in range(options.rounds):
             for name in options.trainers:
                 found = measure(name, options, pairs, Path(scratch) / f"{name}-{number}")
@@ -124,9 +124,13 @@ def median(runs: list[Result]) -> Result:
     )
 
 
-def write_pairs(options: argparse.Namespace, path: Path) -> None:
-    """The first pairs that keep response tokens when cut to max_length, in TRL's conversational format."""
-    from prefopt_fast.batch import encode, load_preferences, normalize
+def write_pairs(options: argparse.Namespace, path: Path) -> dict[str, int]:
+    """The first pairs that keep response tokens when cut to max_length, in TRL's conversational format.
+
+    Returns their numbers of tokens in batches as they come: padded, real ones, and those that packing computes.
+    """
+    from prefopt_fast.batch import collate, encode, load_preferences, normalize
+    from prefopt_fast.packing import pack
     from prefopt_fast.policy import load_tokenizer
 
     rows = load_preferences(options.data)
@@ -139,6 +143,13 @@ def write_pairs(options: argparse.Namespace, path: Path) -> None:
             pair = normalize(rows[index], index)
             pair.pop("template_kwargs")
             file.write(json.dumps(pair) + "\n")
+    tokens = dict.fromkeys(("padded", "real", "packed"), 0)
+    for start in range(0, needed, options.batch_size):
+        batch = collate([encoded[i] for i in range(start, start + options.batch_size)])
+        tokens["padded"] += batch.input_ids.numel()
+        tokens["real"] += int(batch.attention_mask.sum())
+        tokens["packed"] += pack(batch.input_ids, batch.attention_mask, options.batch_size).input_ids.numel()
+    return tokens
 
 
 def measure(name: str, options: argparse.Namespace, pairs: Path, folder: Path) -> Result:
@@ -278,6 +289,11 @@ def markdown(results: Mapping[str, Any]) -> str:
         "times TRL's tokens/s | memory above model and optimizer | times TRL's |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
+    if tokens := settings.get("tokens"):
+        lines[2] += (
+            f" Of {tokens['padded']:,} tokens with padding {tokens['real']:,} are real, and {tokens['packed']:,} are "
+            "computed where padding is left out and prompts are shared."
+        )
     rows = [Result(**row) for row in results["trainers"]]
     trl = next((row for row in rows if row.name == TRAINERS["trl"] and not row.absent), None)
     for row in rows:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import bench_linear_logprob as bench
 import matplotlib
 import peers
 from bench_linear_logprob import Row
@@ -171,13 +172,14 @@ def draw_tolerance(results: Mapping[str, Any]) -> Any:
 
 def draw_split(results: Mapping[str, Any]) -> Any:
     found = cases(results, "main")
-    rows = [row for _, named in found for row in named.values() if row.product is not None and row.rest is not None]
+    rows = [row for _, named in found for row in named.values() if row.profile]
     if not rows:
         return None
-    rows.sort(key=lambda row: row.product + row.rest, reverse=True)
+    rows.sort(key=lambda row: sum(row.profile.values()), reverse=True)
     figure, axis = plt.subplots(figsize=(8, 0.8 + 0.45 * len(rows)), layout="constrained")
     names = [row.name for row in rows]
-    products, rests = [row.product for row in rows], [row.rest for row in rows]
+    products = [row.profile[bench.PRODUCTS] for row in rows]
+    rests = [sum(row.profile.values()) - product for row, product in zip(rows, products, strict=True)]
     axis.barh(names, products, color=BLUE, height=0.62, label="matrix products")
     axis.barh(names, rests, left=products, color=ORANGE, height=0.62, alpha=0.85, label="the rest")
     for i, (product, rest) in enumerate(zip(products, rests, strict=True)):

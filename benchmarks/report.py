@@ -29,6 +29,7 @@ import drift
 import inputs
 import peers
 import plots
+import rules
 import torch
 from bench_linear_logprob import Row
 from inputs import Problem
@@ -57,6 +58,7 @@ class Plan:
     sweep_vocab_shape: tuple[int, int]  # (N, H)
     sweep_rounds: int
     tolerances: tuple[float, ...]
+    rule_tolerances: tuple[float, ...]
     truth_tokens: int
     compiled: bool
 
@@ -73,6 +75,7 @@ FULL = Plan(
     sweep_vocab_shape=(512, 576),
     sweep_rounds=2,
     tolerances=tuple(2.0**-k for k in (4, 5, 6, 7, 8, 9, 10, 12)),
+    rule_tolerances=tuple(2.0**-k for k in (4, 6, 8, 10)),
     truth_tokens=1024,
     compiled=True,
 )
@@ -88,6 +91,7 @@ SHORT = Plan(
     sweep_vocab_shape=(64, 64),
     sweep_rounds=1,
     tolerances=(2.0**-4, 2.0**-8),
+    rule_tolerances=(2.0**-4,),
     truth_tokens=64,
     compiled=False,
 )
@@ -146,11 +150,14 @@ def measure(plan: Plan, device: str, model: str | None, data: str | None, result
         results["sections"].setdefault(name, []).append(
             {"inputs": key, "tokens": problem.tokens, "rows": [asdict(row) for row in rows.values()]}
         )
+        write()
+        print(f"[{time.monotonic() - started:6.0f} s] {name}: {key}, N {problem.tokens}", flush=True)
+
+    def write() -> None:
         results["environment"]["minutes"] = round((time.monotonic() - started) / 60, 1)
         partial = results_file.with_suffix(".partial")
         partial.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
         partial.replace(results_file)
-        print(f"[{time.monotonic() - started:6.0f} s] {name}: {key}, N {problem.tokens}", flush=True)
 
     ours = peers.our_peers(device)
     everybody = [*ours, *peers.OTHERS, peers.PRODUCT]
@@ -202,6 +209,9 @@ def measure(plan: Plan, device: str, model: str | None, data: str | None, result
         if row.absent is None:
             row.grad_report = grad_report(problem, tolerance, backend)
     save("tolerance", problem, rows)
+    if device == "cpu":
+        results["rules"] = rules.compare_rules(whole.first(plan.truth_tokens), plan.rule_tolerances)
+        write()
     return results
 
 
@@ -344,7 +354,9 @@ def write_report(output: Path) -> str:
         _case_table(results, "wide", "Trainable head, larger hidden size"),
         _case_table(results, "frozen", "Frozen head"),
         _case_table(results, "wpo", "With WPO's statistic, log Σ p²"),
+        _profile_table(results),
         _tolerance_table(results),
+        _rules_table(results),
         _absent_list(results),
         _inputs_table(results),
     ]
@@ -449,6 +461,36 @@ def _case_table(results: Mapping[str, Any], section: str, title: str) -> str:
     return "\n".join(lines)
 
 
+def _profile_table(results: Mapping[str, Any]) -> str:
+    rows = {name: row.profile for name, row in rows_of(results, "main").items() if row.profile}
+    product = sum(rows.pop(peers.PRODUCT.name, {}).values())
+    if not rows or not product:
+        return ""
+    kinds = list(next(iter(rows.values())))
+    lines = [
+        "## Where the time goes",
+        "",
+        _case_line(results, "main") + f" One thread, under the profiler, over the bare product's {_seconds(product)} "
+        "there.",
+        "",
+        f"| | all | {' | '.join(kinds)} |",
+        "| --- | --- |" + " --- |" * len(kinds),
+    ]
+    for name, found in sorted(rows.items(), key=lambda item: sum(item[1].values())):
+        cells = [_number(seconds / product) for seconds in (sum(found.values()), *found.values())]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    if found := rows_of(results, "tolerance").get(peers.format_tolerance(peers.FAST_TOLERANCE)):
+        kept = (found.grad_report or {}).get("columns_kept", 0.0)
+        lines += [
+            "",
+            f"At {found.name} {kept:.1%} of the columns are drawn, and multiplied for dhidden and for dweight: "
+            f"{1 + 2 * kept:.2f} products in all. The rest is, per logit, one exponential, three sums (of p, of the "
+            "control variate and of the scores) and two elementwise passes, and the rows of the weight and of its "
+            "gradient that the drawn columns touch.",
+        ]
+    return "\n".join(lines)
+
+
 def _tolerance_table(results: Mapping[str, Any]) -> str:
     rows = rows_of(results, "tolerance")
     present = [row for name, row in rows.items() if name != peers.PRODUCT.name]
@@ -474,6 +516,13 @@ def _tolerance_table(results: Mapping[str, Any]) -> str:
             )
         )
     return "\n".join(lines)
+
+
+def _rules_table(results: Mapping[str, Any]) -> str:
+    if not results.get("rules"):
+        return ""
+    line = f"The first {results['plan']['truth_tokens']:,} tokens of: " + _case_line(results, "tolerance")
+    return rules.markdown(results["rules"], line)
 
 
 def _absent_list(results: Mapping[str, Any]) -> str:

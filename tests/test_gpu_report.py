@@ -8,11 +8,20 @@ import os
 import pkgutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import prefopt_fast.kernels
 import pytest
+import torch
+from conftest import make_problem
+from prefopt_fast.kernels import linear_logprob, sampled_grad
+from prefopt_fast.kernels.sequence_statistics import sequence_statistics
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+import prefopt_fast as pf
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -69,6 +78,64 @@ def test_every_kernel_is_listed(gpu_report: ModuleType) -> None:
         members = vars(importlib.import_module(found.name)).items()
         kernels |= {name for name, member in members if name.endswith("_kernel") and hasattr(member, "arg_names")}
     assert kernels and kernels == listed
+
+
+def test_what_is_compiled_is_what_is_launched(
+    gpu_report: ModuleType, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    monkeypatch.setattr(linear_logprob, "MIN_SAMPLED_WORK", 0)
+    monkeypatch.setattr(sampled_grad, "MAX_SHARE", 1.0)
+    # The interpreter upcasts 16-bit operands, and has TMA descriptors where it can and pointers elsewhere.
+    listed = [spec for arch in ("sm_80", "sm_90") for spec in gpu_report.specializations(arch)]
+    listed = [spec for spec in listed if "bf16" not in spec.name]
+    launches: dict[str, list[dict[str, object]]] = {}
+
+    def recorder(kernel: Any) -> Callable[..., None]:
+        def record(*args: object, **kwargs: object) -> None:
+            found = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+            launches.setdefault(kernel.__name__, []).append(found)
+
+        return record
+
+    for kernel in {spec.kernel.__name__: spec.kernel for spec in listed}.values():
+        monkeypatch.setattr(kernel, "pre_run_hooks", [recorder(kernel)])
+    hidden, weight, targets = make_problem(40, 160, 32, device=device)
+    head = pf.LMHead(weight.requires_grad_())
+    hidden.requires_grad_()
+    targets[::7] = -100  # rows are then picked by index
+    for tolerance in (0.0, 2.0**-3):
+        stats = pf.token_logprobs(
+            hidden, head, targets, ("log_sum_sq_probs",), grad_tolerance=tolerance, backend="triton"
+        )
+        stats.logprobs.sum().backward()
+    pf.token_log_ratio(hidden, head, hidden, head, targets, backend="triton")
+    cu_seqlens = torch.tensor([0, 15, 40], dtype=torch.int32, device=device)
+    sequence_statistics(stats.logprobs, stats.mask, stats.log_sum_sq_probs, cu_seqlens)
+
+    launched = {
+        spec.name
+        for spec in listed
+        if any(_is_launch_of(spec, launch) for launch in launches.get(spec.kernel.__name__, ()))
+    }
+    assert launched == {spec.name for spec in listed}
+
+
+def _is_launch_of(spec: Any, launch: dict[str, Any]) -> bool:
+    """Whether operands have the compiled types, and constants are the same but for sizes of blocks and slots."""
+
+    def kind(value: object) -> str:
+        if isinstance(value, torch.Tensor):
+            names = {torch.bool: "i1", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32"}
+            return "*" + names.get(value.dtype, "i64")
+        if isinstance(value, TensorDescriptor):
+            return f"tensordesc<{kind(value.base)[1:]}"
+        return "fp32" if isinstance(value, float) else "i32"
+
+    same = all(kind(launch[name]) == expected.split("[")[0] for name, expected in spec.signature.items())
+    return same and all(
+        isinstance(launch[name], int) if type(value) is int else launch[name] == value
+        for name, value in spec.constexprs.items()
+    )
 
 
 def test_spills_by_loop(gpu_report: ModuleType) -> None:
