@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,7 +26,8 @@ class Packing(NamedTuple):
 
     input_ids, position_ids: (1, P) int64, of the computed tokens, by sequence and time. place: (S · T,) int64, where
     each real token of the padded layout was computed. keys: (M,) int64, the same of each sequence's tokens, one after
-    the other. own: number of tokens computed for each sequence, sum P. lengths: of the sequences, sum M.
+    the other. own: number of tokens computed for each sequence, sum P. lengths: of the sequences, sum M. cu_own,
+    cu_lengths: (S + 1,) int32, their offsets.
     """
 
     input_ids: Tensor
@@ -36,6 +36,8 @@ class Packing(NamedTuple):
     keys: Tensor
     own: list[int]
     lengths: list[int]
+    cu_own: Tensor
+    cu_lengths: Tensor
 
     def inputs(self) -> dict[str, Any]:
         """What a model or backbone for which :func:`packable` holds is called with."""
@@ -65,9 +67,12 @@ def pack(
     computed = real & ~shared
     place = (computed.flatten().cumsum(0) - 1).view_as(computed)
     place = torch.where(shared, place[leader], place)
-    own, lengths = torch.stack([computed.sum(1), real.sum(1)]).tolist()
     positions = torch.arange(real.shape[1], device=real.device).expand_as(real)
-    return Packing(input_ids[computed][None], positions[computed][None], place.flatten(), place[real], own, lengths)
+    counts = torch.stack([computed.sum(1), real.sum(1)])
+    bounds = F.pad(counts.cumsum(1), (1, 0)).int()
+    return Packing(
+        input_ids[computed][None], positions[computed][None], place.flatten(), place[real], *counts.tolist(), *bounds
+    )
 
 
 def packable(backbone: nn.Module) -> bool:
@@ -125,6 +130,7 @@ def _packed_sdpa(
         mask = None
         if sliding_window is not None and sliding_window < length:
             mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - sliding_window)
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))  # kernels want either of both
         output = F.scaled_dot_product_attention(
             q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
         )
@@ -146,14 +152,17 @@ def _packed_flash(
     """(1, P, heads, D) in one call: its causal mask is aligned to each sequence's end, so that own queries suffice."""
     from flash_attn import flash_attn_varlen_func
 
-    bounds = (torch.tensor([0, *itertools.accumulate(sizes)]) for sizes in (packing.own, packing.lengths))
-    cu_seqlens_q, cu_seqlens_k = (bound.to(query.device, torch.int32, non_blocking=True) for bound in bounds)
-    return flash_attn_varlen_func(
-        query[0],
-        key[0].index_select(0, packing.keys),
-        value[0].index_select(0, packing.keys),
-        cu_seqlens_q,
-        cu_seqlens_k,
+    device = query.device.type
+    # Under autocast, rotary embeddings are in float32 and values are not.
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
+    size = value.shape[-1]  # smaller than the queries' in multi-head latent attention
+    value = F.pad(value, (0, query.shape[-1] - size))
+    output = flash_attn_varlen_func(
+        query[0].to(dtype),
+        key[0].to(dtype).index_select(0, packing.keys),
+        value[0].to(dtype).index_select(0, packing.keys),
+        packing.cu_own,
+        packing.cu_lengths,
         max(packing.own),
         max(packing.lengths),
         dropout_p=dropout,
@@ -161,4 +170,5 @@ def _packed_flash(
         causal=True,
         window_size=(-1, -1) if sliding_window is None else (sliding_window - 1, 0),
         softcap=softcap or 0.0,
-    )[None]
+    )
+    return output[None, ..., :size]

@@ -14,7 +14,7 @@ from test_policy import COMMON, FAMILIES, assert_agrees, full_logprobs, gradient
 from torch import Tensor
 
 from prefopt_fast.batch import collate
-from prefopt_fast.packing import FLASH, pack
+from prefopt_fast.packing import FLASH, _packed_flash, _packed_sdpa, pack
 from prefopt_fast.policy import ResponseModel, find_backbone, hidden_states, verify_packing
 
 PADDED_FAMILIES = {"gemma2"}  # transformers gives it the attention "eager", for its soft cap
@@ -114,12 +114,14 @@ def test_flash_attention_gets_own_queries_and_whole_keys(monkeypatch: pytest.Mon
         q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, **options: Any
     ) -> Tensor:
         assert options["causal"] and options["dropout_p"] == 0 and cu_q.dtype == cu_k.dtype == torch.int32
+        assert q.dtype == k.dtype == v.dtype and q.shape[-1] == k.shape[-1] == v.shape[-1]
         assert max_q == cu_q.diff().max() and max_k == cu_k.diff().max() and len(k) == cu_k[-1]
         left, outputs = options["window_size"][0], []
         for i in range(len(cu_q) - 1):
             queries = q[cu_q[i] : cu_q[i + 1]]
+            scale = options["softmax_scale"] or q.shape[-1] ** -0.5
             keys, values = (x[cu_k[i] : cu_k[i + 1]].repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-            scores = torch.einsum("qhd,khd->hqk", queries, keys) * options["softmax_scale"]
+            scores = torch.einsum("qhd,khd->hqk", queries, keys) * scale
             if options["softcap"]:
                 scores = options["softcap"] * torch.tanh(scores / options["softcap"])
             # Aligned to the lower right corner.
@@ -136,6 +138,16 @@ def test_flash_attention_gets_own_queries_and_whole_keys(monkeypatch: pytest.Mon
         model.config._attn_implementation = FLASH
         found = hidden_states(model, batch.input_ids, batch.attention_mask, batch.positions, True, 3)
         assert relative_error(found, expected) < 1e-5
+        with torch.autocast("cpu", torch.bfloat16):  # queries in float32, values in bfloat16
+            found = hidden_states(model, batch.input_ids, batch.attention_mask, batch.positions, True, 3)
+        assert 1e-5 < relative_error(found, expected) < 0.05
+
+    # Values of another size than the keys', as multi-head latent attention has them.
+    packing = pack(batch.input_ids, batch.attention_mask, 3)
+    tokens = packing.input_ids.shape[1]
+    query, key, value = (torch.randn(1, tokens, 2, size) for size in (8, 8, 4))
+    found, expected = (attend(packing, query, key, value) for attend in (_packed_flash, _packed_sdpa))
+    assert found.shape == expected.shape and relative_error(found, expected) < 1e-5
 
 
 def test_other_calls_of_the_model_are_left_alone() -> None:
