@@ -208,8 +208,12 @@ def errors(peer: Peer, problem: Problem, truth: dict[str, Tensor], train_head: b
     if output is None or not output.dim():
         return None
     peers.backward(output, problem)
-    found = _results(output, problem.hidden, problem.weight)
-    return {name: float((found[name].double() - value).norm() / value.norm()) for name, value in truth.items()}
+    return relative_errors(_results(output, problem.hidden, problem.weight), truth)
+
+
+def relative_errors(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
+    """‖x − truth‖ / ‖truth‖ of each result in ``found``."""
+    return {name: float((value.double() - truth[name]).norm() / truth[name].norm()) for name, value in found.items()}
 
 
 def _results(logprobs: Tensor, hidden: Tensor, weight: Tensor) -> dict[str, Tensor]:

@@ -254,7 +254,7 @@ def wpo_task(options: argparse.Namespace) -> Task:
         key = tuple(rows)
         if key not in reference:
             hidden, weight = response_states(reference_model, batch), reference_model.get_output_embeddings().weight
-            reference[key] = VARIANTS[0].token_logprobs(hidden, weight, _targets(batch), 0).logprobs
+            reference[key] = VARIANTS[0].token_logprobs(hidden, weight, batch.scored, 0).logprobs
         return reference[key]
 
     def start(variant: Variant, seed: int) -> tuple[Callable[[int], None], Callable[[], Snapshot]]:
@@ -274,7 +274,7 @@ def wpo_task(options: argparse.Namespace) -> Task:
             batch = batch_of(rows)
             frozen = {"ref": reference_logprobs(rows, batch)}
             hidden = response_states(model, batch)
-            stats = variant.token_logprobs(hidden, weight, _targets(batch), 1000 * seed + i, objective.stats)
+            stats = variant.token_logprobs(hidden, weight, batch.scored, 1000 * seed + i, objective.stats)
             loss, _ = objective.function(stats, batch.cu_seqlens, frozen)
             optimizer.zero_grad()
             loss.mean().backward()
@@ -284,17 +284,13 @@ def wpo_task(options: argparse.Namespace) -> Task:
         @torch.no_grad()
         def snapshot() -> Snapshot:
             hidden = torch.cat([response_states(model, batch) for batch in held_out])
-            return Snapshot(hidden, weight.detach().clone(), torch.cat([_targets(batch) for batch in held_out]))
+            return Snapshot(hidden, weight.detach().clone(), torch.cat([batch.scored for batch in held_out]))
 
         return step, snapshot
 
     settings = {"model": Path(options.model).name, "data": Path(options.data).name}
     settings |= {name: getattr(options, name) for name in ("max_length", "batch_size", "held_out")}
     return Task(start, settings)
-
-
-def _targets(batch: Any) -> Tensor:
-    return batch.scored
 
 
 def markdown(results: Mapping[str, Any]) -> str:

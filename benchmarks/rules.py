@@ -14,7 +14,7 @@ from unittest import mock
 
 import peers
 import torch
-from bench_linear_logprob import float64_truth
+from bench_linear_logprob import float64_truth, relative_errors
 from inputs import Problem
 from prefopt_fast.kernels import sparse_grad, torch_backend
 from torch import Tensor
@@ -45,10 +45,10 @@ def compare_rules(problem: Problem, tolerances: tuple[float, ...]) -> list[dict[
             {
                 "tolerance": tolerance,
                 "columns_kept": kept,
-                "drawn": _errors(draws[0][1], truth),
-                "mean_of_draws": _errors(mean, truth),
+                "drawn": relative_errors(draws[0][1], truth),
+                "mean_of_draws": relative_errors(mean, truth),
                 "largest_kept": share,
-                "largest": _errors(largest, truth),
+                "largest": relative_errors(largest, truth),
             }
         )
     return found
@@ -83,10 +83,6 @@ def _gradients(problem: Problem, tolerance: float, seed: int) -> tuple[float, di
     peers.backward(stats.logprobs, problem)
     assert stats.grad_report is not None and problem.hidden.grad is not None and problem.weight.grad is not None
     return stats.grad_report.columns_kept, {"dhidden": problem.hidden.grad, "dweight": problem.weight.grad}
-
-
-def _errors(gradients: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
-    return {name: float((gradients[name].double() - truth[name]).norm() / truth[name].norm()) for name in _NAMES}
 
 
 @contextlib.contextmanager
