@@ -175,6 +175,8 @@ def profile(peer: Peer, problem: Problem) -> dict[str, float]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
+        _step(peer, problem)  # what is compiled is compiled again for another number of threads
+        _clean(problem)
         with torch.profiler.profile(activities=activities) as profiler:
             start = time.perf_counter()
             _step(peer, problem)
