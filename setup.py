@@ -13,5 +13,5 @@ setup(
         "prefopt_fast.kernels": "kernels",
         "prefopt_fast.reference": "reference",
     },
-    package_data={"prefopt_fast": ["py.typed"], "prefopt_fast.kernels": ["*.json"]},
+    package_data={"prefopt_fast": ["py.typed"], "prefopt_fast.kernels": ["*.json", "*.c"]},
 )

@@ -7,6 +7,7 @@ _HIDDEN set the size. :func:`compare` interleaves the peers instead, which a mac
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import os
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import inputs
 import peers
@@ -23,11 +25,12 @@ import pytest
 import torch
 from inputs import Problem
 from peers import Peer
+from prefopt_fast.kernels import cpu_passes
 from torch import Tensor
 
 import prefopt_fast as pf
 
-PRODUCTS, OUTSIDE = "products", "outside of torch's operators"
+PRODUCTS, COMPILED, OUTSIDE = "products", "passes in C", "outside of these"
 # What torch's operators do, by their names; those that are not here are elementwise arithmetic.
 _KINDS = {
     PRODUCTS: "mm addmm bmm baddbmm",
@@ -162,7 +165,7 @@ def peak_memory(peer: Peer, problem: Problem) -> int | None:
 
 
 def profile(peer: Peer, problem: Problem) -> dict[str, float]:
-    """Seconds on one thread by what torch's operators do, and outside of them.
+    """Seconds on one thread by what torch's operators and our compiled passes do, and outside of them.
 
     A Triton kernel that multiplies counts as outside: what is fused cannot be split.
     """
@@ -177,7 +180,11 @@ def profile(peer: Peer, problem: Problem) -> dict[str, float]:
     try:
         _step(peer, problem)  # what is compiled is compiled again for another number of threads
         _clean(problem)
-        with torch.profiler.profile(activities=activities) as profiler:
+        with contextlib.ExitStack() as stack:
+            for name in ("exp_sums", "keep_columns"):
+                labelled = torch.profiler.record_function(COMPILED)(getattr(cpu_passes, name))
+                stack.enter_context(mock.patch.object(cpu_passes, name, labelled))
+            profiler = stack.enter_context(torch.profiler.profile(activities=activities))
             start = time.perf_counter()
             _step(peer, problem)
             _synchronize(problem)
@@ -185,9 +192,11 @@ def profile(peer: Peer, problem: Problem) -> dict[str, float]:
     finally:
         torch.set_num_threads(threads)
     _clean(problem)
-    found = dict.fromkeys((*_KINDS, "elementwise", OUTSIDE), 0.0)
+    found = dict.fromkeys((*_KINDS, COMPILED, "elementwise", OUTSIDE), 0.0)
     for average in profiler.key_averages():
-        if average.key.startswith("aten::"):
+        if average.key == COMPILED:
+            found[COMPILED] += getattr(average, attribute) * 1e-6
+        elif average.key.startswith("aten::"):
             kind = _KIND_OF.get(average.key.removeprefix("aten::").rstrip("_"), "elementwise")
             found[kind] += getattr(average, attribute) * 1e-6
     found[OUTSIDE] = max(0.0, wall - sum(found.values()))

@@ -11,23 +11,25 @@ The shift is the target's logit: a fixed one saves the pass for the maximum and 
 exp's range of the largest logit.
 
 On a CPU, chunks of the forward and ranges of dweight's rows are computed side by side, each by a thread of its own: a
-tile then never leaves its core, and no operation on it waits for the other cores.
+tile then never leaves its core, and no operation on it waits for the other cores. What is done to an fp32 tile there is
+C where there is a compiler (cpu_passes.py), and torch's operations otherwise.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, chain, islice, pairwise
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import cpu_passes
 from .dispatch import Options, Report
 from .sparse_grad import (
     SKETCH,
@@ -57,6 +59,7 @@ PROBS_BYTES = 512 << 20  # of exact probabilities kept for the backward; beyond 
 SAMPLE_BYTES = 24 << 20  # of sampled coefficients kept for the backward; beyond it they are recomputed
 GATHER_ROWS = 2048  # of the weight, gathered at a time
 TAILS = 16  # upcast at a time
+FEW_TOKENS = 64  # computed exactly go with the tails: their products would be walks over the weight, and nothing else
 TAIL_ROWS = 4096  # of dweight, filled with the sampled chunks' tails at a time
 UPCAST_ROWS = 4096  # of a 16-bit weight at a time
 HALF_TOLERANCE = 2.0**-9  # from here on what is kept for the backward has 16 bits: of rounding that averages out
@@ -128,6 +131,7 @@ class _Workspace:
     def __init__(self, like: Tensor) -> None:
         self.like = like
         self.buffers: dict[str, Tensor] = {}
+        self.kept = _Kept(like)
 
     def __call__(self, name: str, *shape: int) -> Tensor:
         size = math.prod(shape)
@@ -155,10 +159,17 @@ class _Head(NamedTuple):
             return torch.index_select(self.weight.detach(), 0, index, out=out)
         return out.copy_(self.weight.index_select(0, index))
 
-    def logits(self, hidden: Tensor, index: Tensor | slice, out: Tensor | None = None) -> Tensor:
-        """(S, C) logits of ``hidden`` (C, H) at rows ``index`` of the weight."""
+    def logits(self, hidden: Tensor, index: Tensor | slice, out: Tensor, gathered: Tensor | None = None) -> Tensor:
+        """(S, C) logits of ``hidden`` (C, H) at rows ``index`` of the weight, into ``out``.
+
+        ``gathered`` (S, H) is memory for the rows where ``index`` is a tensor.
+        """
         if hidden.dtype == self.dtype:
-            logits = torch.mm(self.rows(index), hidden.T, out=out)
+            if gathered is not None and isinstance(index, Tensor):
+                rows = self.gather(index, gathered)
+            else:
+                rows = self.rows(index)
+            logits = torch.mm(rows, hidden.T, out=out)
         else:
             logits = torch.mm(self.weight[index], hidden.T, out_dtype=self.dtype, out=out)
         return self._transform(logits, index)
@@ -200,9 +211,11 @@ class _Pass:
         self.workspace = workspace
         self.target_logit = shift.clone()
         zeros = torch.zeros_like
-        self.rest = zeros(shift)  # Σ_{v≠y} e_v
+        self.sums = shift.new_zeros(3, len(shift))  # over v ≠ y: Σ e_v, Σ e_v², Σ (z_v − shift) e_v
+        self.rest, self.squares, self.moment = self.sums
         self.gradient_rest = zeros(shift) if head.softcap else self.rest  # Σ_{v≠y} e_v · slope_v
-        self.squares, self.moment, self.logit_sum = zeros(shift), zeros(shift), zeros(shift)
+        self.logit_sum = zeros(shift)
+        self.compiled = head.softcap is None and cpu_passes.usable(shift)
         self.largest = torch.full_like(shift, -torch.inf)  # max_{v≠y} z_v − shift
 
     def tiles(self, probs: Tensor | None = None, span: slice | None = None) -> Iterator[tuple[slice, Tensor]]:
@@ -222,6 +235,7 @@ class _Pass:
         bounds = torch.searchsorted(ordered, torch.tensor([*starts, last], device=device)).tolist()
         in_tile = (ordered - first) % size * chunk + tokens  # flat position of each target in its tile
         target_logits = []
+        kinds = 3 if "entropy" in stats else 2 if "log_sum_sq_probs" in stats else 1
         for k, start in enumerate(starts):
             tile = slice(start, min(start + size, last))
             shape = (tile.stop - start, chunk)
@@ -231,23 +245,30 @@ class _Pass:
             slope = None if head.softcap is None else head.slope(logits)
             at_target, flat = in_tile[bounds[k] : bounds[k + 1]], logits.view(-1)
             target_logits.append(flat[at_target])
-            logits -= self.shift
             flat.index_fill_(0, at_target, lowest)
             if "max_logprob" in stats or "is_top1" in stats:
-                torch.maximum(self.largest, logits.amax(0), out=self.largest)
-            if "entropy" in stats:
-                exp = torch.exp(logits, out=self.workspace("scratch", *shape))
-                self.moment += logits.mul_(exp).sum(0)
-                logits.copy_(exp)
+                torch.maximum(self.largest, logits.amax(0).sub_(self.shift), out=self.largest)
+            if self.compiled:
+                cpu_passes.exp_sums(logits, self.shift, self.sums[:kinds])
             else:
-                logits.exp_()
-            self.rest += logits.sum(0)
-            if "log_sum_sq_probs" in stats:
-                self.squares += torch.mul(logits, logits, out=self.workspace("scratch", *shape)).sum(0)
+                self._exp_sums(logits)
             if slope is not None:
                 self.gradient_rest += logits.mul_(slope).sum(0)
             yield tile, logits
         self.target_logit[tokens[bounds[0] : bounds[-1]]] = torch.cat(target_logits)
+
+    def _exp_sums(self, logits: Tensor) -> None:
+        """cpu_passes.exp_sums of the kinds needed, in torch."""
+        logits -= self.shift
+        if "entropy" in self.stats:
+            exp = torch.exp(logits, out=self.workspace("scratch", *logits.shape))
+            self.moment += logits.mul_(exp).sum(0)
+            logits.copy_(exp)
+        else:
+            logits.exp_()
+        self.rest += logits.sum(0)
+        if "log_sum_sq_probs" in self.stats:
+            self.squares += torch.mul(logits, logits, out=self.workspace("scratch", *logits.shape)).sum(0)
 
     @property
     def target(self) -> Tensor:
@@ -293,6 +314,13 @@ class _Exact(NamedTuple):
     probs: Tensor | None  # (V, C), where kept
 
 
+class _Few(NamedTuple):
+    """Tokens, few of many, whose gradient is computed on every column: beside the sampled chunks' tails."""
+
+    rows: Tensor  # (C,), indices of tokens
+    probs: Tensor  # (V, C)
+
+
 class _Sampled(NamedTuple):
     """A chunk whose gradient is sampled; see sparse_grad.py."""
 
@@ -334,6 +362,7 @@ class _Forward:
         self.at_target, self.others = (targets.new_zeros(tokens, dtype=head.dtype) for _ in range(2))
         self.unscaled = hidden.new_zeros(hidden.shape, dtype=head.dtype) if self.need_hidden else None
         self.exact: list[_Exact] = []
+        self.few: list[_Few] = []
         self.sampled: list[_Sampled] = []
         self.probs_left, self.sample_left = PROBS_BYTES, SAMPLE_BYTES
         self.tolerances = options.grad_tolerance
@@ -341,6 +370,7 @@ class _Forward:
         self.steering = Steering(min(needed)) if needed and min(needed) > 0 else None
         self.halves = min(self.tolerances) >= HALF_TOLERANCE
         self.workers = _workers(hidden.device)
+        cpu_passes.library()  # once, before the workers ask for it
         self.workspaces = [_Workspace(self.at_target) for _ in range(self.workers)]
         self.generator = torch.Generator(hidden.device).manual_seed(options.seed)
         size = (hidden.shape[1], SKETCH)
@@ -358,14 +388,30 @@ class _Forward:
             for chunk in wave:
                 (dense if steering.wants_dense() else tried).append(chunk)
             dense += self.sampled_chunks(tried, steering)
-        self.exact_chunks(torch.cat(dense))
-        if self.unscaled is not None and self.sampled:
-            for start in range(0, len(self.sampled), TAILS):  # so many μ = qᵀW in one product
-                parts = self.sampled[start : start + TAILS]
-                tails = torch.stack([part.tail for part in parts]).to(self.head.dtype)
-                for part, mean in zip(parts, _times_weight(tails, self.head), strict=True):
-                    self.unscaled.index_add_(0, part.rows, part.remainder[:, None] * -mean)
+        rest = torch.cat(dense)
+        if self.sampled and 0 < len(rest) <= FEW_TOKENS:
+            self.few.append(_Few(rest, self.at_target.new_empty(self.head.weight.shape[0], len(rest))))
+            self.exact_chunk(self.few[0], self.workspaces[0], multiply=False)
+        else:
+            self.exact_chunks(rest)
+        self.finish()
         return steering.report()
+
+    def finish(self) -> None:
+        """Subtract from unscaled what is a product with the whole weight: μ = qᵀW of the sampled chunks, so many in one
+        product, and with the first of them Σ_v p_v W_v of the few exact tokens."""
+        if self.unscaled is None:
+            return
+        for start in range(0, len(self.sampled), TAILS):
+            tails = self.sampled[start : start + TAILS]
+            few = self.few if start == 0 else []
+            left = [*(part.probs.T for part in few), *(part.tail[None].to(self.head.dtype) for part in tails)]
+            product = _times_weight(torch.cat(left), self.head)
+            for part in few:
+                expected, product = product.split([len(part.rows), len(tails)])
+                self.unscaled.index_add_(0, part.rows, expected, alpha=-1)
+            for tail, mean in zip(tails, product, strict=True):
+                self.unscaled.index_add_(0, tail.rows, tail.remainder[:, None] * -mean)
 
     def waves(self, rows: Tensor, largest: int) -> Iterator[Sequence[Tensor]]:
         """Even chunks of at most ``largest`` tokens, as many at a time as there are workers; a few stay together."""
@@ -391,17 +437,20 @@ class _Forward:
                 kept = self.need_weight and size <= self.probs_left
                 self.probs_left -= size if kept else 0
                 chunks.append((_Exact(chunk, self.at_target.new_empty(shape) if kept else None), workspace))
-            _side_by_side(self.exact_chunk, chunks)
+            _side_by_side(lambda chunk: self.exact_chunk(*chunk), chunks)
             if self.need_weight:
                 self.exact += [part for part, _ in chunks]
 
-    def exact_chunk(self, chunk: tuple[_Exact, _Workspace]) -> None:
-        (rows, probs), workspace = chunk
+    def exact_chunk(self, chunk: _Exact | _Few, workspace: _Workspace, multiply: bool = True) -> None:
+        """Σ_v p_v W_v is left to the caller where ``multiply`` is false."""
+        rows, probs = chunk
         head, targets = self.head, self.targets[rows]
         hidden = head.product_input(self.hidden[rows])
         shift = head.target_logits(hidden, targets)
         for _ in range(2):
-            expected = hidden.new_zeros(hidden.shape, dtype=head.dtype) if self.need_hidden else None  # Σ_{v≠y} e_v W_v
+            expected = None  # Σ_{v≠y} e_v W_v
+            if self.need_hidden and multiply:
+                expected = hidden.new_zeros(hidden.shape, dtype=head.dtype)
             walk = _Pass(head, hidden, targets, self.stats, shift, workspace)
             for tile, exp in walk.tiles(probs):
                 if expected is not None:
@@ -415,9 +464,9 @@ class _Forward:
             shift = shift + maximum.largest.clamp(min=0)
         self.emit(rows, walk)
         total = walk.total
-        if expected is not None and self.unscaled is not None:
+        if self.unscaled is not None:
             unscaled = head.rows(targets).mul_(self.at_target[rows, None])
-            self.unscaled[rows] = unscaled.sub_(expected.div_(total[:, None]))
+            self.unscaled[rows] = unscaled if expected is None else unscaled.sub_(expected.div_(total[:, None]))
         if probs is not None:
             probs /= total
 
@@ -457,15 +506,14 @@ class _Forward:
         head, targets = self.head, self.targets[rows]
         hidden = head.product_input(self.hidden[rows])
         walk = _Pass(head, hidden, targets, self.stats, head.target_logits(hidden, targets), workspace)
-        ends = [0, *(len(part) for part in rows.tensor_split(len(uniform)))]
-        groups = [slice(*bounds) for bounds in pairwise(accumulate(ends))]
-        candidates = _candidates(walk, groups, epsilon, uniform)
+        bounds = [0, *accumulate(len(part) for part in rows.tensor_split(len(uniform)))]
+        candidates = _candidates(walk, bounds, epsilon, uniform)
         if candidates is None or walk.overflowed():
             return None
         self.emit(rows, walk)
         return [
-            self.sampled_group(rows[group], walk, group, found, epsilon)
-            for group, found in zip(groups, candidates, strict=True)
+            self.sampled_group(rows[slice(*pair)], walk, slice(*pair), found, epsilon)
+            for pair, found in zip(pairwise(bounds), candidates, strict=True)
         ]
 
     def sampled_group(self, rows: Tensor, walk: _Pass, group: slice, found: _Candidates, epsilon: float) -> _Group:
@@ -473,16 +521,16 @@ class _Forward:
         hidden = walk.hidden[group]
         rest, target, gradient_rest = walk.rest[group], walk.target[group], walk.gradient_rest[group]
         total = rest + target
-        mass, uniform = found.mass, found.uniform
-        columns, probs = torch.cat(found.columns), torch.cat(found.exp).div_(total)
-        found.exp.clear()
-        weights = token_weights(rest, target).mul_(total)
-        squares = torch.mul(probs, probs, out=workspace("squares", *probs.shape))
-        chosen, keep = select_columns(squares.mv(weights.square_()).sqrt_(), None, epsilon, uniform[columns])
-        columns = columns[chosen]
-        if len(columns) > MAX_KEPT * len(mass):
+        columns, mass = found.columns, found.mass
+        squares = torch.mul(found.exp, found.exp, out=workspace("squares", *found.exp.shape))
+        score = squares.mv(token_weights(rest, target).square_()).sqrt_()
+        chosen, keep = select_columns(score, None, epsilon, found.uniform[columns])
+        if len(chosen) > MAX_KEPT * len(mass):
             return _Group(rows, None, None)
-        probs = torch.index_select(probs, 0, chosen, out=workspace("probs", len(chosen), len(rows)))
+        wrapped = -int(torch.searchsorted(chosen, found.wrap))
+        chosen, keep = chosen.roll(wrapped), keep.roll(wrapped)  # the vocabulary's order
+        columns = columns[chosen]
+        probs = torch.index_select(found.exp, 0, chosen, out=workspace("probs", len(chosen), len(rows))).div_(total)
         others, at_target = gradient_rest / total, self.at_target[rows]
         sample = make_sample(Selection(columns, keep), probs, mass, others)
         coefs, remainder = coefficients(sample, probs, others)
@@ -542,44 +590,85 @@ class _Group(NamedTuple):
     estimate: Estimate | None
 
 
+class _Kept:
+    """Columns that groups of a chunk's tokens may need; the memory of one object serves many chunks."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.all_columns, self.all_exp = like.new_empty(0, dtype=torch.int64), like.new_empty(0)
+
+    def start(self, bounds: list[int], rows: int) -> None:
+        """Empty, for groups of tokens between ``bounds``, with room for about so many rows of each."""
+        self.bounds, self.counts = torch.tensor(bounds), torch.zeros(len(bounds) - 1, dtype=torch.int64)
+        self.width = bounds[1]  # the first group is the largest
+        self._shape(min(len(self.all_columns), len(self.all_exp) // self.width) // len(self.counts))
+        self.reserve(rows)
+
+    def _shape(self, capacity: int) -> None:
+        groups = len(self.counts)
+        self.columns = self.all_columns[: groups * capacity].view(groups, capacity)
+        self.exp = self.all_exp[: groups * capacity * self.width].view(groups, capacity, self.width)
+
+    def reserve(self, rows: int) -> None:
+        """Make room for so many more rows of each group."""
+        needed = int(self.counts.max()) + rows
+        if needed > self.columns.shape[1]:
+            columns, exp = self.columns, self.exp
+            capacity = needed + needed // 4
+            self.all_columns = columns.new_empty(len(columns) * capacity)
+            self.all_exp = exp.new_empty(len(exp) * capacity * self.width)
+            self._shape(capacity)
+            for k, count in enumerate(self.counts.tolist()):
+                self.columns[k, :count], self.exp[k, :count] = columns[k, :count], exp[k, :count]
+
+    def keep(self, exp: Tensor, first: int, average: Tensor, weights: Tensor, threshold: Tensor, mass: Tensor) -> None:
+        """cpu_passes.keep_columns in torch."""
+        bounds = self.bounds.tolist()
+        for k, (start, stop) in enumerate(pairwise(bounds)):
+            part = exp[:, start:stop]
+            torch.mv(part, average[start:stop], out=mass[k])
+            columns = (threshold[k] < part.square().mv(weights[start:stop])).nonzero().squeeze(-1)
+            count = int(self.counts[k])
+            self.columns[k, count : count + len(columns)] = columns + first
+            self.exp[k, count : count + len(columns), : stop - start] = part.index_select(0, columns)
+            self.counts[k] += len(columns)
+
+
 class _Candidates(NamedTuple):
     """Of one group of tokens: columns that select_columns may choose, and what it needs to know of them."""
 
-    columns: list[Tensor]  # (S,) in pieces
-    exp: list[Tensor]  # (S, C) in pieces, e · slope
+    columns: Tensor  # (S,), ascending but for the first of the vocabulary, which come last
+    exp: Tensor  # (S, C), e · slope
+    wrap: int  # where those first ones begin
     mass: Tensor  # (V,), Σ_t p_tv of all columns
     uniform: Tensor  # (V,), the draw
 
 
-def _candidates(walk: _Pass, groups: list[slice], epsilon: float, uniform: Tensor) -> list[_Candidates] | None:
+def _candidates(walk: _Pass, bounds: list[int], epsilon: float, uniform: Tensor) -> list[_Candidates] | None:
     """Walk over the vocabulary and keep the columns that each group may need; None where those are too many.
 
     A tile is gone before the sums over all tiles are known. Sums still incomplete give weights that choose too many
     columns, and a p that is too large; both matter little once the tokenizer's first entries, the frequent ones, are
     counted, and those are held until the end.
     """
-    vocab, workspace = uniform.shape[1], walk.workspace
+    (n_groups, vocab), workspace, kept = uniform.shape, walk.workspace, walk.workspace.kept
+    groups = [slice(*pair) for pair in pairwise(bounds)]
     mass = torch.empty_like(uniform)
     threshold = (uniform * epsilon).square_()
     held: list[tuple[slice, Tensor]] = []
-    found = [_Candidates([], [], *parts) for parts in zip(mass, uniform, strict=True)]
-    count, refresh = 0, 0
+    kept.start(bounds, vocab // 16)
+    refresh = 0
 
-    def examine(tile: slice, exp: Tensor) -> int:
-        kept = 0
-        for k, group in enumerate(groups):
-            part = exp[:, group]
-            torch.mv(part, average[group], out=mass[k, tile])
-            squares = torch.mul(part, part, out=workspace("scratch", *part.shape))
-            columns = (threshold[k, tile] < torch.mv(squares, weights[k])).nonzero().squeeze(-1)
-            found[k].columns.append(columns + tile.start)
-            found[k].exp.append(part.index_select(0, columns))
-            kept += len(columns)
-        return kept
+    def examine(tile: slice, exp: Tensor) -> None:
+        kept.reserve(len(exp))
+        arguments = exp, tile.start, average, weights, threshold[:, tile], mass[:, tile]
+        if walk.compiled:
+            cpu_passes.keep_columns(*arguments, kept.bounds, kept.counts, kept.columns, kept.exp)
+        else:
+            kept.keep(*arguments)
 
-    def group_weights() -> list[Tensor]:
+    def group_weights() -> Tensor:
         rest, target = walk.rest, walk.target
-        return [token_weights(rest[group], target[group]).square_() for group in groups]
+        return torch.cat([token_weights(rest[group], target[group]) for group in groups]).square_()
 
     for tile, exp in walk.tiles():
         if tile.start < HELD_SHARE * vocab:
@@ -588,18 +677,18 @@ def _candidates(walk: _Pass, groups: list[slice], epsilon: float, uniform: Tenso
         if tile.start >= refresh:
             refresh = tile.start + vocab // 16
             average, weights = 1 / walk.total, group_weights()
-        count += examine(tile, exp)
-        seen = tile.stop - held[-1][0].stop
-        if count > MAX_KEPT * vocab * len(groups) or (tile.stop > vocab // 4 and count > 0.9 * seen * len(groups)):
+        examine(tile, exp)
+        count, seen = int(kept.counts.sum()), tile.stop - held[-1][0].stop
+        if count > MAX_KEPT * vocab * n_groups or (tile.stop > vocab // 4 and count > 0.9 * seen * n_groups):
             return None
     average, weights = 1 / walk.total, group_weights()
-    later = [len(part.columns) for part in found]
+    wraps = kept.counts.tolist()
     for tile, exp in held:
         examine(tile, exp)
-    for part, count in zip(found, later, strict=True):
-        for pieces in part.columns, part.exp:
-            pieces[:] = pieces[count:] + pieces[:count]  # in the vocabulary's order
-    return found
+    return [
+        _Candidates(kept.columns[k, :count], kept.exp[k, :count, : group.stop - group.start], wrap, mass[k], uniform[k])
+        for k, (group, count, wrap) in enumerate(zip(groups, kept.counts.tolist(), wraps, strict=True))
+    ]
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -621,10 +710,11 @@ class _LinearLogprob(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             report = call.run((targets != options.ignore_index).nonzero().squeeze(-1))
         ctx.transform, ctx.ignore_index = transform, options.ignore_index
-        ctx.exact, ctx.sampled = len(call.exact), len(call.sampled)
+        few = call.few if any(need_rest) else []
+        ctx.exact, ctx.few, ctx.sampled = len(call.exact), len(few), len(call.sampled)
         ctx.save_for_backward(
             hidden, weight, bias, targets, call.outputs["logsumexp"], call.at_target, call.others, call.unscaled,
-            *chain.from_iterable((*call.exact, *call.sampled)),
+            *chain.from_iterable((*call.exact, *few, *call.sampled)),
         )  # fmt: skip
         result = [call.outputs[name] for name in ("logprobs", *stats)]
         ctx.mark_non_differentiable(*result[1:])
@@ -636,8 +726,7 @@ class _LinearLogprob(torch.autograd.Function):
         hidden, weight, bias, targets, logsumexp, at_target, others, unscaled, *parts = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         head = _Head(weight, bias, ctx.transform[0], ctx.transform[1], logsumexp.dtype)
-        split = ctx.exact * len(_Exact._fields)
-        exact, sampled = _unflatten(_Exact, parts[:split]), _unflatten(_Sampled, parts[split:])
+        exact, few, sampled = _unflatten(parts, (_Exact, ctx.exact), (_Few, ctx.few), (_Sampled, ctx.sampled))
         rows = (targets != ctx.ignore_index).nonzero().squeeze(-1)
         upstream = grad.to(head.dtype) * head.scale
 
@@ -645,8 +734,13 @@ class _LinearLogprob(torch.autograd.Function):
             dhidden = _times_upstream(unscaled, upstream).to(hidden.dtype) if need_hidden else None
             dweight = weight.new_empty(weight.shape, dtype=head.dtype) if need_weight else None
             dbias = bias.new_zeros(bias.shape, dtype=head.dtype) if need_bias else None
-            if sampled and need_weight:
-                sums = torch.stack([part.remainder @ _scale(hidden, -upstream, part.rows) for part in sampled])
+            if need_weight and sampled:
+                sums = torch.cat(
+                    [
+                        *((part.remainder @ _scale(hidden, -upstream, part.rows))[None] for part in sampled),
+                        *(_scale(hidden, -upstream, part.rows) for part in few),
+                    ]
+                )
 
             def fill(span: slice) -> None:
                 """Rows ``span`` of dweight and dbias: no two threads add to the same row."""
@@ -655,15 +749,19 @@ class _LinearLogprob(torch.autograd.Function):
                 if dweight is not None:
                     if not sampled:
                         dweight[span].zero_()
-                    # The rank-1 tails of all sampled chunks in one product, then what stands on single columns.
+                    # The rank-1 tails of all sampled chunks and the few exact tokens in one product, then what stands
+                    # on single columns.
                     for block in _blocks(span, TAIL_ROWS) if sampled else ():
-                        tails = torch.stack([part.tail[block] for part in sampled], 1).to(head.dtype)
-                        torch.mm(tails, sums, out=dweight[block])
+                        tails = (part.tail[block, None].to(head.dtype) for part in sampled)
+                        left = torch.cat([*tails, *(part.probs[block] for part in few)], 1)
+                        torch.mm(left, sums, out=dweight[block])
                     for chunk in inside.split(EXACT_CHUNK):
                         dweight.index_add_(0, targets[chunk], _scale(hidden, upstream * at_target, chunk))
                 if dbias is not None:
                     for part in sampled:
                         dbias[span].sub_(part.tail[span], alpha=float(part.remainder @ upstream[part.rows]))
+                    for part in few:
+                        dbias[span] -= part.probs[span] @ upstream[part.rows]
                     dbias.index_add_(0, targets[inside], (upstream * at_target)[inside])
                 for part in sampled:
                     part = part.within(span)
@@ -671,9 +769,10 @@ class _LinearLogprob(torch.autograd.Function):
                         continue
                     coefs = _sampled_coefficients(part, head, hidden, targets, logsumexp, others, workspace)
                     if dweight is not None:
-                        product = workspace("product", len(part.columns), hidden.shape[1])
-                        torch.mm(coefs, _scale(hidden, -upstream, part.rows), out=product)
-                        dweight.index_add_(0, part.columns, product)
+                        scaled = _scale(hidden, -upstream, part.rows)
+                        for block in _blocks(slice(0, len(coefs)), GATHER_ROWS):
+                            product = workspace("rows", len(coefs[block]), hidden.shape[1])
+                            dweight.index_add_(0, part.columns[block], torch.mm(coefs[block], scaled, out=product))
                     if dbias is not None:
                         dbias.index_add_(0, part.columns, coefs @ -upstream[part.rows])
                 for part in exact:
@@ -736,7 +835,11 @@ def _sampled_coefficients(
     """(S, C), as kept or from a product with the drawn rows alone."""
     if part.coefficients is not None:
         return workspace("coefficients", *part.coefficients.shape).copy_(part.coefficients)
-    logits = head.logits(head.product_input(hidden[part.rows]), part.columns)
+    logits = workspace("coefficients", len(part.columns), len(part.rows))
+    inputs = head.product_input(hidden[part.rows])
+    for block in _blocks(slice(0, len(logits)), GATHER_ROWS):
+        columns = part.columns[block]
+        head.logits(inputs, columns, logits[block], workspace("rows", len(columns), hidden.shape[1]))
     slope = 1 if head.softcap is None else head.slope(logits)
     probs = logits.sub_(logsumexp[part.rows]).exp_().mul_(slope)
     probs.masked_fill_(part.columns[:, None] == targets[part.rows], 0)
@@ -762,9 +865,10 @@ def _exact_probs(
         yield from _Pass(head, inputs, targets[rows], (), logsumexp[rows], workspace).tiles(span=span)
 
 
-def _unflatten(kind: type[_Exact] | type[_Sampled], fields: list[Any]) -> list[Any]:
-    width = len(kind._fields)
-    return [kind(*fields[start : start + width]) for start in range(0, len(fields), width)]
+def _unflatten(fields: Iterable[Any], *kinds: tuple[type[NamedTuple], int]) -> list[list[Any]]:
+    """So many of each kind, one after the other, from their fields."""
+    remaining = iter(fields)
+    return [[kind(*islice(remaining, len(kind._fields))) for _ in range(number)] for kind, number in kinds]
 
 
 def _times_weight(left: Tensor, head: _Head) -> Tensor:

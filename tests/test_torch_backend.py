@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import assert_as_good_as_plain, make_problem, plain_stats, relative_error
-from prefopt_fast.kernels import torch_backend
+from prefopt_fast.kernels import cpu_passes, torch_backend
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
@@ -16,9 +16,13 @@ def logprobs(hidden, head, targets, grad_tolerance=0.0, **options):
     return pf.token_logprobs(hidden, head, targets, grad_tolerance=grad_tolerance, backend="torch", **options)
 
 
-@pytest.fixture
-def small_chunks(monkeypatch):
-    """Chunk and tile borders at the sizes of a test."""
+@pytest.fixture(params=["compiled", "torch"])
+def small_chunks(request, monkeypatch):
+    """Chunk and tile borders at the sizes of a test, with the passes in C and without."""
+    if request.param == "torch":
+        monkeypatch.setattr(cpu_passes, "MAX_THREADS", 0)
+    elif cpu_passes.library() is None:
+        pytest.skip("no C compiler")
     for name in ("EXACT_CHUNK", "SAMPLED_CHUNK", "SAMPLED_GROUP", "FIRST_CHUNK"):
         monkeypatch.setattr(torch_backend, name, 16)
     monkeypatch.setitem(torch_backend.TILE_ELEMENTS, "cpu", 1024)
