@@ -12,9 +12,12 @@ import ctypes
 import gc
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -109,11 +112,11 @@ def compare(
             row.forward.append(forward)
             row.backward.append(backward)
             row.process.append(process)
+    extra = peak_memories([peer.name for peer in present], problem, train_head) if memory else {}
     truth = float64_truth(problem.first(truth_tokens), train_head) if truth_tokens else None
     for peer in present:
         row = rows[peer.name]
-        if memory:
-            row.extra_bytes = peak_memory(peer, problem)
+        row.extra_bytes = extra.get(peer.name)
         if split:
             row.profile = profile(peer, problem)
         if truth is not None and peer is not peers.PRODUCT:
@@ -146,6 +149,36 @@ def time_once(peer: Peer, problem: Problem) -> tuple[float, float, float]:
     del output
     _clean(problem)
     return middle - start, end - middle, processor
+
+
+def peak_memories(names: list[str], problem: Problem, train_head: bool = True) -> dict[str, int | None]:
+    """:func:`peak_memory` of the peers of these names in peers.py, each after one step that is not measured.
+
+    On a CPU in a process of their own, whose malloc never kept anything back: what earlier work had freed without
+    returning it to the system would hide some of what they need, or seem to be theirs.
+    """
+    if problem.device.type == "cuda":
+        return _measure_peaks(names, problem)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "problem.pt"
+        torch.save(problem.detached(), file)
+        with ProcessPoolExecutor(1, get_context("spawn")) as process:
+            return process.submit(_peaks_of_file, names, file, train_head, torch.get_num_threads()).result()
+
+
+def _peaks_of_file(names: list[str], file: Path, train_head: bool, threads: int) -> dict[str, int | None]:
+    return_freed_memory()
+    torch.set_num_threads(threads)
+    return _measure_peaks(names, torch.load(file, weights_only=False).leaves(train_head))
+
+
+def _measure_peaks(names: list[str], problem: Problem) -> dict[str, int | None]:
+    known = {peer.name: peer for peer in peers.all_peers(problem.device)}
+    found = {}
+    for name in names:
+        if name in known and probe(known[name], problem) is None:
+            found[name] = peak_memory(known[name], problem)
+    return found
 
 
 def peak_memory(peer: Peer, problem: Problem) -> int | None:
@@ -251,27 +284,25 @@ def _gradient_bytes(problem: Problem) -> int:
     return sum(gradient.numel() * gradient.element_size() for gradient in gradients if gradient is not None)
 
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's mallopt
+_M_MMAP_THRESHOLD = -3  # glibc's mallopt
+
+
+def return_freed_memory() -> None:
+    """From now on every sizable block comes from the kernel and goes back to it, where malloc is glibc's."""
+    with contextlib.suppress(OSError):
+        ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, 1 << 16)
 
 
 def _resident_peak(step: Callable[[], None]) -> int | None:
     """Bytes by which the resident set rises during ``step`` at most; None where the system does not tell."""
     try:
-        libc = ctypes.CDLL("libc.so.6")
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     except OSError:
         return None
-    # Every sizable block comes from the kernel and goes back to it: no pool of free memory hides what is in use.
-    libc.mallopt(_M_MMAP_THRESHOLD, 1 << 16)
-    libc.malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
     before = _status_bytes("VmRSS")
-    try:
-        step()
-        return _status_bytes("VmHWM") - before
-    finally:  # what malloc's thresholds grow to by themselves
-        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
-        libc.mallopt(_M_TRIM_THRESHOLD, 64 << 20)
+    step()
+    return _status_bytes("VmHWM") - before
 
 
 def _status_bytes(field_name: str) -> int:

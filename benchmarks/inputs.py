@@ -82,6 +82,10 @@ class Problem:
         hidden = self.hidden.detach().clone().requires_grad_()
         return replace(self, hidden=hidden, weight=self.weight.detach().requires_grad_(train_head))
 
+    def detached(self) -> Problem:
+        """The same operands without gradients."""
+        return replace(self, hidden=self.hidden.detach(), weight=self.weight.detach())
+
     def first(self, tokens: int) -> Problem:
         """The problem of the first ``tokens`` tokens."""
         if tokens > self.tokens:

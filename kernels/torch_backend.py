@@ -591,7 +591,11 @@ class _Group(NamedTuple):
 
 
 class _Kept:
-    """Columns that groups of a chunk's tokens may need; the memory of one object serves many chunks."""
+    """Columns that groups of a chunk's tokens may need; the memory of one object serves many chunks.
+
+    bounds: (groups + 1,) int64, of the tokens. counts: (groups,) int64, of what is kept; both on the CPU.
+    columns: (groups, capacity) int64. exp: (groups, capacity, width), e · slope of the group's tokens there.
+    """
 
     def __init__(self, like: Tensor) -> None:
         self.all_columns, self.all_exp = like.new_empty(0, dtype=torch.int64), like.new_empty(0)
@@ -627,6 +631,7 @@ class _Kept:
             part = exp[:, start:stop]
             torch.mv(part, average[start:stop], out=mass[k])
             columns = (threshold[k] < part.square().mv(weights[start:stop])).nonzero().squeeze(-1)
+            self.reserve(len(columns))
             count = int(self.counts[k])
             self.columns[k, count : count + len(columns)] = columns + first
             self.exp[k, count : count + len(columns), : stop - start] = part.index_select(0, columns)
@@ -659,9 +664,9 @@ def _candidates(walk: _Pass, bounds: list[int], epsilon: float, uniform: Tensor)
     refresh = 0
 
     def examine(tile: slice, exp: Tensor) -> None:
-        kept.reserve(len(exp))
         arguments = exp, tile.start, average, weights, threshold[:, tile], mass[:, tile]
         if walk.compiled:
+            kept.reserve(len(exp))
             cpu_passes.keep_columns(*arguments, kept.bounds, kept.counts, kept.columns, kept.exp)
         else:
             kept.keep(*arguments)

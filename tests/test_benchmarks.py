@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -81,25 +80,12 @@ def test_statistic_is_asked_for_or_refused(problem: inputs.Problem) -> None:
 
 
 def test_peak_memory_is_that_of_the_logits() -> None:
-    """Autograd through full logits holds the logits, their exponentials in the backward, and little else.
-
-    Measured in a process of its own: after other tests' work this one's resident set rose by 32 MiB more, or did not.
-    """
-    measure = """
-import bench_linear_logprob as bench, inputs, peers
-problem = inputs.synthetic(512, 16_384, 32).leaves()  # beside whose logits what else the process does is small
-peer = peers.Peer("full", peers.full_logits)
-assert bench.probe(peer, problem) is None  # libraries take memory for good at their first use
-extra = bench.peak_memory(peer, problem)
-print("unknown" if extra is None else extra / (4 * problem.tokens * problem.vocab))
-"""
-    result = subprocess.run(
-        [sys.executable, "-c", measure], cwd=BENCHMARKS, capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stderr
-    if result.stdout.strip() == "unknown":
+    """Autograd through full logits holds the logits, their exponentials in the backward, and little else."""
+    problem = inputs.synthetic(512, 16_384, 32).leaves()  # beside whose logits what else the process does is small
+    (extra,) = bench.peak_memories(["full logits"], problem).values()
+    if extra is None:
         pytest.skip("this system does not tell the high-water mark of a process")
-    assert 2 <= float(result.stdout) <= 5.5
+    assert 2 <= extra / (4 * problem.tokens * problem.vocab) <= 5.5
 
 
 def test_what_fails_is_absent_with_the_reason(problem: inputs.Problem) -> None:

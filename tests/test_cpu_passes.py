@@ -90,9 +90,9 @@ def test_kept_columns(bounds, compiled):
         for start in range(0, vocab, tile):
             rows = slice(start, min(start + tile, vocab))
             part = exp[rows]
-            kept.reserve(len(part))
             arguments = part, start, average, weights, threshold[:, rows], mass[:, rows]
             if in_c:
+                kept.reserve(len(part))
                 cpu_passes.keep_columns(*arguments, kept.bounds, kept.counts, kept.columns, kept.exp)
             else:
                 kept.keep(*arguments)

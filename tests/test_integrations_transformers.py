@@ -28,6 +28,7 @@ from prefopt_fast.integrations.transformers import (
     PairCollator,
     PreferenceTrainer,
     add_ref_logps,
+    add_token_logps,
     fused_causal_lm_loss,
 )
 from prefopt_fast.policy import load_model, load_tokenizer
@@ -39,7 +40,7 @@ LINEAR_ADAM = {"adam_epsilon": 1e4, "learning_rate": 1e4, "max_grad_norm": 0.0, 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("inputs")
-    models = {name: tiny.make_model(folder / name, seed) for seed, name in enumerate(("model", "other"))}
+    models = {name: tiny.make_model(folder / name, seed) for seed, name in enumerate(("model", "other", "weak"))}
     return models | {"dataset": tiny.make_pairs(folder / "pairs.json", 10)}
 
 
@@ -214,6 +215,48 @@ def test_preferences_against_full_logits(
         assert relative_error(-found, gradient) < 1e-4  # Adam's first step is −lr · g / (|g| + ε)
 
 
+@pytest.fixture
+def chosen(inputs: dict[str, str]) -> datasets.Dataset:
+    encoded, _ = encode(load_preferences(inputs["dataset"]), load_tokenizer(inputs["model"]), responses=("chosen",))
+    for name, model in (("ref", "model"), ("weak_aligned", "other"), ("weak_ref", "weak")):
+        encoded = add_token_logps(encoded, load_model(inputs[model]), name, batch_size=3)
+    return encoded
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_wspo_against_full_logits(inputs: dict[str, str], chosen: datasets.Dataset, tmp_path: Path, level: str) -> None:
+    """One step over all 10 chosen responses, in batches of 4, 4 and 2; the policy is not the reference."""
+    weights = [k / 16 for k in range(10)]  # gradients below 1, far below Adam's ε
+    raw = load_preferences(inputs["dataset"]).add_column("w", weights)
+    rows = add_sample_weights(chosen, raw, "w")
+    models = [load_model(inputs[name]).double() for name in ("weak", "model", "other", "weak")]
+    gamma, total = 0.3, torch.zeros((), dtype=torch.float64)
+    for row, weight in zip(rows, weights, strict=True):
+        ids = torch.tensor(row["prompt_ids"] + row["chosen_ids"])
+        tokens = torch.arange(len(row["prompt_ids"]), len(ids))
+        logps = (model(ids[None]).logits[0].log_softmax(-1)[tokens - 1, ids[tokens]] for model in models)
+        policy, ref, aligned, weak = logps
+        residual = gamma * (policy - ref.detach()) - (aligned - weak).detach()
+        total = total + weight * (residual.square().mean() if level == "token" else residual.mean().square())
+    expected = total / len(rows)
+    expected.backward()
+    gradient = torch.cat([p.grad.flatten() for p in models[0].parameters()])
+    model = load_model(inputs["weak"])
+    options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "max_steps": 1, **LINEAR_ADAM}
+    trainer = PreferenceTrainer(
+        model, arguments(tmp_path, **options), train_dataset=rows, eval_dataset=rows, loss=pf.WSPOLoss(gamma, level)
+    )
+    before = trainer.evaluate()
+    trainer.train()
+    assert before["eval_loss"] == pytest.approx(float(expected), rel=1e-5)
+    assert losses(trainer) == pytest.approx([float(expected)], rel=1e-5)
+    line = next(line for line in trainer.state.log_history if "loss" in line)
+    assert line["wspo/target"] == pytest.approx(before["eval_wspo/target"], rel=1e-4)
+    start = load_model(inputs["weak"])
+    found = torch.cat([(p - q).flatten() for p, q in zip(model.parameters(), start.parameters(), strict=True)])
+    assert relative_error(-found, gradient) < 1e-4
+
+
 def train_in_child(options: dict[str, Any], model: str, rows: str, output: Path, environment: dict[str, str]) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
@@ -307,15 +350,31 @@ def test_reference_free_under_bf16(inputs: dict[str, str], pairs: datasets.Datas
 def test_bad_options_are_named(inputs: dict[str, str], pairs: datasets.Dataset, tmp_path: Path) -> None:
     model = load_model(inputs["model"])
 
-    def build(loss: torch.nn.Module, rows: datasets.Dataset = pairs, **options: Any) -> None:
-        PreferenceTrainer(model, arguments(tmp_path, **options), train_dataset=rows, loss=loss)
+    def build(loss: Any, rows: datasets.Dataset = pairs, data_collator: Any = None, **options: Any) -> None:
+        args = arguments(tmp_path, **options)
+        PreferenceTrainer(model, args, train_dataset=rows, loss=loss, data_collator=data_collator)
 
     with pytest.raises(ValueError, match="remove_unused_columns=False"):
         build(pf.WPOLoss(), remove_unused_columns=True)
     with pytest.raises(ValueError, match="label_smoothing is an argument of the loss"):
         build(pf.WPOLoss(), label_smoothing_factor=0.1)
-    with pytest.raises(ValueError, match="loss must be a PreferenceLoss or WPOLoss, found WSPOLoss"):
+    with pytest.raises(ValueError, match="loss must be a PreferenceLoss, WPOLoss or WSPOLoss, found MSELoss"):
+        build(torch.nn.MSELoss())
+    with pytest.raises(ValueError, match='WSPO at level "segment"'):
+        build(pf.WSPOLoss(level="segment"))
+    with pytest.raises(ValueError, match=r"lacks weak_aligned_chosen_logps, weak_ref_chosen_logps: .*add_token_logps"):
         build(pf.WSPOLoss())
+    with pytest.raises(ValueError, match="train_dataset holds sums of log-probs: WSPO needs those of tokens"):
+        sums = pairs
+        for name in ("weak_aligned", "weak_ref"):
+            sums = sums.add_column(f"{name}_chosen_logps", pairs["ref_chosen_logps"])
+        build(pf.WSPOLoss(), sums)
+    with pytest.raises(ValueError, match="about chosen and rejected responses, the data_collator has chosen"):
+        build(pf.WPOLoss(), data_collator=PairCollator(0, ("chosen",)))
+    with pytest.raises(ValueError, match="name must be one of ref, weak_aligned, weak_ref; found 'weak'"):
+        add_token_logps(pairs, model, "weak")
+    with pytest.raises(ValueError, match=r"row 0: 2 log-probs of ref for \d+ response tokens"):
+        PairCollator(0, ("chosen",))([pairs[0] | {"ref_chosen_logps": [-1.0, -2.0]}])
     with pytest.raises(ValueError, match=r"train_dataset lacks ref_chosen_logps: .*add_ref_logps"):
         build(pf.WPOLoss(), pairs.remove_columns("ref_chosen_logps"))
     with pytest.raises(ValueError, match="train_dataset lacks chosen_ids"):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 try:
     import transformers
@@ -21,14 +23,16 @@ except ImportError as error:
 
 import datasets
 
-from ..batch import IGNORE_INDEX, RESPONSES, collate
+from ..batch import IGNORE_INDEX, RESPONSES, ResponseBatch, collate
+from ..config import FROZEN_MODELS
 from ..head import LMHead
 from ..metrics import Sums, summarize
 from ..modules import GradTolerance, draw_seed
+from ..objectives import Objective
 from ..packing import pack
 from ..policy import ResponseModel, check_tokens, find_backbone, verify_head, verify_packing
 from ..sequence_stats import sequence_logprobs
-from ..token_stats import token_logprobs
+from ..token_stats import TokenStats, token_logprobs
 
 
 def fused_causal_lm_loss(
@@ -127,25 +131,44 @@ class FusedCausalLMLoss(contextlib.AbstractContextManager):
 class PairCollator:
     """Rows of :func:`prefopt_fast.batch.encode` → tensors with one row per pair, for :class:`PreferenceTrainer`.
 
-    Columns that it knows besides: ``ref_chosen_logps`` and ``ref_rejected_logps`` (:func:`add_ref_logps`), and
-    ``sample_weight`` (:func:`prefopt_fast.batch.add_sample_weights`).
+    Columns that it knows besides: those of :func:`add_ref_logps` and :func:`add_token_logps`, and ``sample_weight``
+    (:func:`prefopt_fast.batch.add_sample_weights`).
+
+    Args:
+        responses: those of each pair that the loss is about; WSPO's is about the chosen one alone.
     """
 
     pad_token_id: int = 0
+    responses: tuple[str, ...] = RESPONSES
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        batch = collate(rows, pad_token_id=self.pad_token_id)
+        batch = collate(rows, self.responses, self.pad_token_id)
         sequences = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "targets": batch.targets}
-        # Trainer and Accelerate slice and count batches by the first dimension: (2B, T), chosen first, as (B, 2, T).
-        tensors = {name: value.view(2, len(rows), -1).transpose(0, 1) for name, value in sequences.items()}
-        if "ref_chosen_logps" in rows[0]:
-            tensors["ref_logps"] = torch.tensor([[row[f"ref_{name}_logps"] for name in RESPONSES] for row in rows])
+        for name in FROZEN_MODELS:
+            columns = [f"{name}_{response}_logps" for response in self.responses]
+            if all(column in rows[0] for column in columns):
+                values = [row[column] for column in columns for row in rows]
+                by_token = isinstance(values[0], list)
+                sequences[f"{name}_logps"] = _by_token(values, batch, name) if by_token else torch.tensor(values)
+        # Trainer and Accelerate slice and count batches by the first dimension: (R · B, …) as (B, R, …).
+        grid = (len(self.responses), len(rows))
+        tensors = {name: value.unflatten(0, grid).transpose(0, 1) for name, value in sequences.items()}
         if batch.sample_weight is not None:
             tensors["sample_weight"] = batch.sample_weight
         return tensors
 
 
-@torch.no_grad()
+def _by_token(values: list[list[float]], batch: ResponseBatch, name: str) -> Tensor:
+    """(S, T) of the log-probs of each sequence's response tokens, 0 elsewhere."""
+    for i, (found, length) in enumerate(zip(values, batch.cu_seqlens.diff().tolist(), strict=True)):
+        if len(found) != length:
+            row = int(batch.rows[i % len(batch.rows)])
+            raise ValueError(f"row {row}: {len(found)} log-probs of {name} for {length} response tokens")
+    padded = torch.zeros(batch.targets.shape)
+    padded.view(-1)[batch.positions] = torch.tensor([value for found in values for value in found])
+    return padded
+
+
 def add_ref_logps(
     encoded: datasets.Dataset, model: nn.Module, batch_size: int = 8, pad_token_id: int = 0
 ) -> datasets.Dataset:
@@ -160,21 +183,51 @@ def add_ref_logps(
     Raises:
         ValueError: as :class:`prefopt_fast.policy.ResponseModel`.
     """
-    training, device = model.training, next(model.parameters()).device
-    runner = ResponseModel(model).eval()
-    sums = []
-    for start in range(0, len(encoded), batch_size):
-        rows = [encoded[i] for i in range(start, min(start + batch_size, len(encoded)))]
-        stats, cu_seqlens = runner(collate(rows, pad_token_id=pad_token_id).to(device))
-        sums.append(sequence_logprobs(stats, cu_seqlens).sum.view(2, -1).cpu())
-    model.train(training)
+    scored = _score(encoded, model, RESPONSES, batch_size, pad_token_id)
+    sums = [sequence_logprobs(stats, cu_seqlens).sum.view(2, -1).cpu() for stats, cu_seqlens in scored]
     for name, column in zip(RESPONSES, torch.cat(sums, 1).tolist(), strict=True):
         encoded = encoded.add_column(f"ref_{name}_logps", column)
     return encoded
 
 
+def add_token_logps(
+    encoded: datasets.Dataset, model: nn.Module, name: str, batch_size: int = 8, pad_token_id: int = 0
+) -> datasets.Dataset:
+    """``encoded`` with the log-probs of each chosen response's tokens under ``model``, one of WSPO's frozen models:
+    the column ``{name}_chosen_logps``, as :class:`prefopt_fast.integrations.trl.WSPOTrainer` knows it too.
+
+    Args:
+        name: "ref", "weak_aligned" or "weak_ref".
+        model: a causal LM of the tokenizer that ``encoded`` was made with.
+        Others, and what is raised: as in :func:`add_ref_logps`.
+
+    Raises:
+        ValueError: another name.
+    """
+    if name not in FROZEN_MODELS:
+        raise ValueError(f"name must be one of {', '.join(FROZEN_MODELS)}; found {name!r}")
+    rows: list[list[float]] = []
+    for stats, cu_seqlens in _score(encoded, model, RESPONSES[:1], batch_size, pad_token_id):
+        rows += [part.tolist() for part in stats.logprobs.cpu().split(cu_seqlens.diff().tolist())]
+    return encoded.add_column(f"{name}_chosen_logps", rows, feature=datasets.List(datasets.Value("float32")))
+
+
+@torch.no_grad()
+def _score(
+    encoded: datasets.Dataset, model: nn.Module, responses: tuple[str, ...], batch_size: int, pad_token_id: int
+) -> Iterator[tuple[TokenStats, Tensor]]:
+    """Statistics and cu_seqlens of each batch."""
+    training, device = model.training, next(model.parameters()).device
+    runner = ResponseModel(model).eval()
+    for start in tqdm(range(0, len(encoded), batch_size), desc="scoring", unit="batch", disable=None):
+        rows = [encoded[i] for i in range(start, min(start + batch_size, len(encoded)))]
+        yield runner(collate(rows, responses, pad_token_id).to(device))
+    model.train(training)
+
+
 class PreferenceTrainer(transformers.Trainer):
-    """transformers' Trainer on preference pairs, with :class:`PreferenceLoss` or :class:`WPOLoss` in place of its loss.
+    """transformers' Trainer on preference pairs, with a :class:`PreferenceLoss`, :class:`WPOLoss` or :class:`WSPOLoss`
+    in place of its loss.
 
     The loss of an optimizer step is the mean over its pairs, of all processes and accumulated batches. What the loss
     module reports (rewards, WPO's weights …) is logged beside it, under the names of metrics.jsonl. As a base class
@@ -184,7 +237,8 @@ class PreferenceTrainer(transformers.Trainer):
         loss: the loss module.
         data_collator: a :class:`PairCollator` (the default has ``processing_class``'s padding token).
         Others: the Trainer's. ``train_dataset`` and ``eval_dataset`` hold rows of :func:`prefopt_fast.batch.encode`,
-            with :func:`add_ref_logps` unless the loss is reference-free.
+            with :func:`add_ref_logps` unless the loss is reference-free; for WSPO, which trains on chosen responses
+            alone, with :func:`add_token_logps` of its three frozen models.
 
     Raises:
         ValueError: a model whose head cannot be run apart, an option of the Trainer that contradicts this one, or data
@@ -197,15 +251,20 @@ class PreferenceTrainer(transformers.Trainer):
         super().__init__(*args, **kwargs)
         self.loss: Any = loss
         self._sums = {"train": Sums(), "eval": Sums()}
-        self._check_options()
+        responses = self._check_options().responses
         policy: Any = self.model
         _require_separate_head(policy)
         self._packs = verify_packing(policy)
         if not isinstance(self.data_collator, PairCollator):
             pad_token_id = getattr(self.processing_class, "pad_token_id", None)
-            self.data_collator = PairCollator(0 if pad_token_id is None else pad_token_id)
+            self.data_collator = PairCollator(0 if pad_token_id is None else pad_token_id, responses)
+        elif tuple(self.data_collator.responses) != responses:
+            raise ValueError(
+                f"{type(loss).__name__} is about {' and '.join(responses)} responses, the data_collator "
+                f"has {' and '.join(self.data_collator.responses)}"
+            )
 
-    def _check_options(self) -> None:
+    def _check_options(self) -> Objective:
         if self.args.remove_unused_columns:
             raise ValueError(
                 "PreferenceTrainer needs TrainingArguments(remove_unused_columns=False): no column of its rows is an "
@@ -218,18 +277,27 @@ class PreferenceTrainer(transformers.Trainer):
             )
         if self.args.n_gpu > 1:
             raise ValueError("PreferenceTrainer needs one process per GPU: start it by torchrun or accelerate launch")
-        frozen = getattr(getattr(self.loss, "objective", None), "frozen", None)
-        if frozen not in ((), ("ref",)):
-            raise ValueError(f"loss must be a PreferenceLoss or WPOLoss, found {type(self.loss).__name__}")
-        wanted = {f"{name}_ids" for name in RESPONSES} | {f"ref_{name}_logps" for name in RESPONSES if frozen}
+        objective = getattr(self.loss, "objective", None)
+        if not isinstance(objective, Objective):
+            raise ValueError(f"loss must be a PreferenceLoss, WPOLoss or WSPOLoss, found {type(self.loss).__name__}")
+        if getattr(self.loss, "level", None) == "segment":
+            raise ValueError('WSPO at level "segment" needs both tokenizers\' segments: prefopt-fast train has them')
+        by_token = len(objective.responses) == 1
+        frozen = [f"{name}_{response}_logps" for name in objective.frozen for response in objective.responses]
+        wanted = {f"{response}_ids" for response in objective.responses}.union(frozen)
+        source = "add_token_logps" if by_token else "add_ref_logps"
         for name in ("train_dataset", "eval_dataset"):
             split = getattr(self, name)
             for part in split.values() if isinstance(split, dict) else [split]:
                 if missing := sorted(wanted - set(getattr(part, "column_names", wanted))):
                     raise ValueError(
-                        f"{name} lacks {', '.join(missing)}: rows come from prefopt_fast.batch.encode, and the "
-                        "reference's columns from add_ref_logps"
+                        f"{name} lacks {', '.join(missing)}: rows come from prefopt_fast.batch.encode, and the frozen "
+                        f"models' columns from {source}"
                     )
+                features = getattr(part, "features", None) or {}
+                if by_token and any(isinstance(features.get(column), datasets.Value) for column in frozen):
+                    raise ValueError(f"{name} holds sums of log-probs: WSPO needs those of tokens, from {source}")
+        return objective
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -243,18 +311,19 @@ class PreferenceTrainer(transformers.Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,  # pairs of the step
     ) -> Any:
-        sequences = {name: value.transpose(0, 1).flatten(0, 1) for name, value in inputs.items() if value.dim() == 3}
-        targets = sequences.pop("targets")
-        pairs = len(inputs["input_ids"])
+        # (B, R, …) as (R · B, …)
+        responses = {name: value.transpose(0, 1).flatten(0, 1) for name, value in inputs.items() if value.dim() > 1}
+        sequences = {name: responses[name] for name in ("input_ids", "attention_mask")}
+        frozen = {f"{name}_logps": responses[f"{name}_logps"] for name in self.loss.objective.frozen}
+        targets, pairs = responses["targets"], len(inputs["input_ids"])
         if self._packs:  # no padding, and prompts once
             packing = pack(sequences["input_ids"], sequences["attention_mask"], pairs)
             hidden = _last_hidden_states(model, packing.inputs())[0][packing.place].view(*targets.shape, -1)
         else:
             hidden = _last_hidden_states(model, sequences)
-        ref_logps = inputs["ref_logps"].T.flatten() if self.loss.objective.frozen else None
         weights = inputs.get("sample_weight")
         with self.accelerator.autocast():
-            loss, metrics = self.loss(hidden, LMHead.from_model(model), targets, ref_logps, sample_weight=weights)
+            loss, metrics = self.loss(hidden, LMHead.from_model(model), targets, **frozen, sample_weight=weights)
         self._sums["train" if model.training else "eval"].add({**metrics, "pairs": torch.tensor(float(pairs))})
         if num_items_in_batch is not None:
             # DistributedDataParallel averages over processes.
