@@ -57,8 +57,8 @@ def usable(logits: Tensor) -> bool:
     return (
         logits.device.type == "cpu"
         and logits.dtype == torch.float32
-        and torch.get_num_threads() <= MAX_THREADS
         and library() is not None
+        and torch.get_num_threads() <= MAX_THREADS
     )
 
 

@@ -370,7 +370,7 @@ class _Forward:
         self.steering = Steering(min(needed)) if needed and min(needed) > 0 else None
         self.halves = min(self.tolerances) >= HALF_TOLERANCE
         self.workers = _workers(hidden.device)
-        cpu_passes.library()  # once, before the workers ask for it
+        cpu_passes.usable(self.at_target)  # compiles, where that is of use, before several workers ask for it
         self.workspaces = [_Workspace(self.at_target) for _ in range(self.workers)]
         self.generator = torch.Generator(hidden.device).manual_seed(options.seed)
         size = (hidden.shape[1], SKETCH)
