@@ -90,8 +90,8 @@ def _largest_columns(level: float) -> Iterator[None]:
     """Our operator with the deterministic rule, its threshold the same for all chunks."""
     candidates = torch_backend._candidates
 
-    def above_threshold(walk: Any, groups: Any, epsilon: float, uniform: Tensor) -> Any:
-        return candidates(walk, groups, epsilon, torch.ones_like(uniform))
+    def above_threshold(walk: Any, groups: Any, epsilon: float, typical: float, uniform: Tensor) -> Any:
+        return candidates(walk, groups, epsilon, typical, torch.ones_like(uniform))
 
     def select(score: Tensor, targets: Any, epsilon: float, uniform: Tensor) -> sparse_grad.Selection:
         columns = (score > epsilon).nonzero().squeeze(-1)

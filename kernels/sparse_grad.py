@@ -24,7 +24,7 @@ from torch import Tensor
 
 # ε for a chunk of C tokens starts at this · τ² · √C: within 30 % of what the hidden states of a small chat model need.
 INITIAL_LEVEL = 8.0
-MARGIN = 0.7  # of the tolerance, aimed at: a chunk scatters by some 15 %
+MARGIN = 0.7  # of the tolerance, aimed at: a group scatters by some 15 %
 COHERENT = (
     0.75  # weight of the error that dweight would have if all upstream gradients were equal: it needs less margin
 )
@@ -66,15 +66,17 @@ def select_columns(
 def token_weights(
     rest: Tensor,  # (C,), Σ_{v≠y} e^{z_v − shift}
     target: Tensor,  # (C,), e^{z_y − shift}
+    typical: float,  # root mean square of 1 − p_y among the tokens before
 ) -> Tensor:
     """(C,) weights w with w_t · e^{z_tv − shift_t} = p_tv / tol_t, up to a constant.
 
-    The tolerated error tol_t is the size of the token's gradient, for which 1 − p_y stands. A partial sum in ``rest``
-    gives too large weights, never too small: columns chosen by them contain those that the whole sum would choose.
+    The tolerated error tol_t is the size of the token's gradient, for which 1 − p_y stands, and not less than what is
+    negligible among all tokens. A partial sum in ``rest`` gives too large weights, never too small: columns chosen by
+    them contain those that the whole sum would choose.
     """
     total = rest + target
     miss = rest / total
-    floor = NEGLIGIBLE * torch.linalg.vector_norm(miss) / len(miss) ** 0.5
+    floor = NEGLIGIBLE * (torch.linalg.vector_norm(miss) / len(miss) ** 0.5).clamp_(max=typical)
     return 1 / (miss.clamp(min=1e-6).clamp_(min=floor) * total)
 
 
@@ -85,6 +87,33 @@ class Sample(NamedTuple):
     keep: Tensor  # (S,), π
     tail: Tensor  # (V,), q
     mass: Tensor  # (C,), δ
+
+
+def alike(
+    features: Tensor,  # (N, K)
+    sizes: list[int],  # of the groups
+) -> list[Tensor]:
+    """The tokens' indices (int64) in groups of similar features: halved along their principal component, and the halves
+    again.
+
+    Tokens that use the same columns need fewer of them, and have more of their tail in common. The gradient stays
+    unbiased: groups depend on the hidden states, not on the draw.
+    """
+    features = features.cpu().nan_to_num(0, 0, 0)
+    features = features / features.abs().amax().clamp(min=TINY)
+
+    def halve(tokens: Tensor, sizes: list[int]) -> list[Tensor]:
+        if len(sizes) == 1:
+            return [tokens]
+        own = features[tokens]
+        own -= own.mean(0)
+        component = torch.linalg.eigh(own.T @ own).eigenvectors[:, -1]
+        tokens = tokens[(own @ component).argsort(stable=True)]
+        groups = len(sizes) // 2
+        middle = sum(sizes[:groups])
+        return halve(tokens[:middle], sizes[:groups]) + halve(tokens[middle:], sizes[groups:])
+
+    return halve(torch.arange(len(features)), sizes)
 
 
 def make_sample(
@@ -144,6 +173,7 @@ class Estimate(NamedTuple):
     error: list[float]  # squared, of each gradient that is needed
     size: list[float]  # squared, likewise
     ratio: float  # squared error over what is allowed, of the gradient that is worst off
+    coherent: float  # squared error of dweight over its squared tolerance, if all upstream gradients are equal
     share: float  # of the columns drawn
     mass: float  # largest δ_t
 
@@ -154,7 +184,8 @@ def make_estimate(
     share: float,
     mass: float,
 ) -> Estimate:
-    """``errors``: of each gradient the tokens' squared errors (C,) and sizes (C,), its tolerance, coherent variance.
+    """``errors``: of dweight, dhidden or both the tokens' squared errors (C,) and sizes (C,), its tolerance, and the
+    coherent variance.
 
     Tokens that fail are computed exactly, and only count by their size.
     """
@@ -164,54 +195,73 @@ def make_estimate(
         max(error, COHERENT * coherent) / max(tolerance**2 * size, TINY)
         for error, size, (*_, tolerance, coherent) in zip(squared, sizes, errors, strict=True)
     )
-    return Estimate(squared, sizes, ratio, share, mass)
+    *_, tolerance, coherent = errors[0]
+    return Estimate(squared, sizes, ratio, coherent / tolerance**2, share, mass)
 
 
 class Steering:
     """Sets ε from chunk to chunk so that the estimated errors stay within the tolerance, and keeps the record of it."""
 
-    def __init__(self, tolerance: float) -> None:
+    def __init__(self, tolerance: float, groups: int) -> None:
         self.level = INITIAL_LEVEL * tolerance**2
+        self.groups = groups  # to come
+        self.coherent = self.weight = 0.0
         self.skip = self.patience = 0
         self.chunks = self.dense_chunks = 0
         self.kept = self.largest_mass = 0.0
-        self.ratios: list[float] = []
+        self.ratios: list[tuple[float, float]] = []  # and the size of what is wrong by as much
         self.error, self.size = [0.0, 0.0], [0.0, 0.0]  # squared, of each gradient that is needed
 
     def epsilon(self, tokens: int) -> float:
         """n_v is the norm of C numbers, so that ε grows with √C at a given share of columns."""
         return self.level * tokens**0.5
 
-    def wants_dense(self) -> bool:
-        """Whether the next walk should not even be tried: after failures in a row the next 3, 9, 21, … are not."""
+    def wants_dense(self, groups: int) -> bool:
+        """Whether a walk for so many groups should not even be tried: after failures in a row 3, 9, 21, … are not."""
         self.skip -= 1
         if self.skip < 0:
             return False
-        self.chunks += 1
-        self.dense_chunks += 1
+        self.chunks += groups
+        self.dense_chunks += groups
         return True
 
-    def record_dense(self, chunks: int) -> None:
-        """That many chunks need too many columns."""
-        self.chunks += chunks
-        self.dense_chunks += chunks
+    def record_dense(self, groups: int) -> None:
+        """So many groups of a walk need too many columns."""
+        self.chunks += groups
+        self.dense_chunks += groups
         self.patience = min(2 * self.patience + 3, 63)
         self.skip = self.patience
 
-    def record(self, estimate: Estimate) -> None:
-        """A chunk was sampled."""
+    def accepts(self, estimate: Estimate) -> bool:
+        """Record what was found for a group; whether dweight stays within the tolerance with it.
+
+        A token that is too wrong by itself is computed exactly: failing_tokens. Small errors that add up over a group,
+        where ε was far off for it, are not: then the whole group is. Groups to come are expected to be as wrong as
+        aimed at.
+        """
         self.chunks += 1
+        self.ratios.append((estimate.ratio, estimate.size[0]))
+        self.weight += estimate.size[0]
+        later = max(0, self.groups - self.chunks) * self.weight / self.chunks
+        coherent = self.coherent + estimate.coherent
+        if coherent + MARGIN**2 / COHERENT * later > self.weight + later:
+            self.dense_chunks += 1
+            return False
+        self.coherent = coherent
         self.kept += estimate.share
         self.largest_mass = max(self.largest_mass, estimate.mass)
-        self.ratios.append(estimate.ratio)
         for k, (error, size) in enumerate(zip(estimate.error, estimate.size, strict=True)):
             self.error[k] += error
             self.size[k] += size
+        return True
 
     def adapt(self) -> None:
         """Move ε by what was recorded since the last time."""
         if self.ratios:
-            ratio = sum(self.ratios) / len(self.ratios)
+            # The groups' mean and that of the whole, of which one group of uncertain tokens may be most.
+            mean = sum(ratio for ratio, _ in self.ratios) / len(self.ratios)
+            whole = sum(ratio * size for ratio, size in self.ratios) / max(sum(size for _, size in self.ratios), TINY)
+            ratio = max(mean, whole)
             # The squared error is between linear and quadratic in ε: Σ_v n_v (ε − n_v) over the columns with n_v < ε.
             self.level *= min(4.0, max(0.25, (MARGIN**2 / max(ratio, TINY)) ** 0.7))
             self.patience = 0

@@ -38,6 +38,7 @@ from .sparse_grad import (
     Sample,
     Selection,
     Steering,
+    alike,
     coefficients,
     coherent_variance,
     failing_tokens,
@@ -52,15 +53,18 @@ TILE_ELEMENTS = {"cpu": 1 << 19}  # of one (T, C) tile: 2 MiB of fp32
 OTHER_TILE_ELEMENTS = 1 << 24  # where a launch costs more than leaving the cache
 MAX_WORKERS = 8  # chunks side by side; beyond it Python itself is the limit, and each gets several of torch's threads
 EXACT_CHUNK = 512  # tokens
-SAMPLED_CHUNK = 512  # tokens of one walk over the vocabulary, at most
-SAMPLED_GROUP = 128  # tokens that share columns: fewer need fewer columns, more need fewer gathers
-FIRST_CHUNK = 64  # tokens: what it teaches about ε should not cost much
+SAMPLED_CHUNK = 480  # tokens of one walk over the vocabulary, at most
+SAMPLED_GROUP = 96  # tokens that share columns: fewer need fewer columns, more need fewer gathers
+ALIKE_AXES = 16  # of the hidden states, in which tokens are compared
+ALIKE_TOKENS = 1024  # that determine them
+ALIGNED = 16  # tokens: a product with another number of them takes up to 1.4 times as long
+SMALLEST_CHUNK = 64  # tokens: fewer are not shared out among workers
 PROBS_BYTES = 512 << 20  # of exact probabilities kept for the backward; beyond it they are recomputed
-SAMPLE_BYTES = 24 << 20  # of sampled coefficients kept for the backward; beyond it they are recomputed
+SAMPLE_BYTES = 24 << 20  # kept of samples for the backward; beyond it their coefficients are recomputed
 GATHER_ROWS = 2048  # of the weight, gathered at a time
-TAILS = 16  # upcast at a time
+TAILS = 32  # in one product with the weight
 FEW_TOKENS = 64  # computed exactly go with the tails: their products would be walks over the weight, and nothing else
-TAIL_ROWS = 4096  # of dweight, filled with the sampled chunks' tails at a time
+TAIL_ROWS = 1024  # of dweight, filled with the sampled chunks' tails at a time
 UPCAST_ROWS = 4096  # of a 16-bit weight at a time
 HALF_TOLERANCE = 2.0**-9  # from here on what is kept for the backward has 16 bits: of rounding that averages out
 HELD_SHARE = 1 / 16  # of the vocabulary whose selection waits for the whole sums
@@ -367,7 +371,7 @@ class _Forward:
         self.probs_left, self.sample_left = PROBS_BYTES, SAMPLE_BYTES
         self.tolerances = options.grad_tolerance
         needed = [tolerance for tolerance, need in zip(options.grad_tolerance, needs, strict=True) if need]
-        self.steering = Steering(min(needed)) if needed and min(needed) > 0 else None
+        self.tolerance = min(needed, default=0.0)
         self.halves = min(self.tolerances) >= HALF_TOLERANCE
         self.workers = _workers(hidden.device)
         cpu_passes.usable(self.at_target)  # compiles, where that is of use, before several workers ask for it
@@ -377,25 +381,57 @@ class _Forward:
         self.sketch = torch.randn(size, generator=self.generator, device=hidden.device, dtype=head.dtype) / SKETCH**0.5
 
     def run(self, rows: Tensor) -> Report | None:
-        steering = self.steering
-        if steering is None:
+        if self.tolerance == 0:
             self.exact_chunks(rows)
             return None
+        steering = Steering(self.tolerance, -(-len(rows) // SAMPLED_GROUP))
         dense = [rows[:0]]
-        first = FIRST_CHUNK * self.workers
-        for wave in chain(self.waves(rows[:first], FIRST_CHUNK), self.waves(rows[first:], SAMPLED_CHUNK)):
-            tried: list[Tensor] = []
+        for wave in self.sampled_waves(rows):
+            tried = []
             for chunk in wave:
-                (dense if steering.wants_dense() else tried).append(chunk)
+                if steering.wants_dense(len(chunk)):
+                    dense += chunk
+                else:
+                    tried.append(chunk)
             dense += self.sampled_chunks(tried, steering)
         rest = torch.cat(dense)
         if self.sampled and 0 < len(rest) <= FEW_TOKENS:
-            self.few.append(_Few(rest, self.at_target.new_empty(self.head.weight.shape[0], len(rest))))
+            probs = self.at_target.new_empty(self.head.weight.shape[0], len(rest))
+            self.few.append(_Few(rest, probs))
+            self.make_room(probs.nbytes)
             self.exact_chunk(self.few[0], self.workspaces[0], multiply=False)
         else:
             self.exact_chunks(rest)
         self.finish()
         return steering.report()
+
+    def sampled_waves(self, rows: Tensor) -> Iterator[Sequence[list[Tensor]]]:
+        """As many chunks of groups of similar tokens at a time as there are workers; the first, a few from everywhere,
+        teach ε."""
+        number = SMALLEST_CHUNK * self.workers
+        step = max(1, len(rows) // number)
+        few = torch.zeros_like(rows, dtype=torch.bool)
+        few[: number * step : step] = True
+        first, others = rows[few].split(SMALLEST_CHUNK), self.alike(rows[~few])
+        yield [[group] for group in first if len(group)]
+        chunks = -(-len(others) // (SAMPLED_CHUNK // SAMPLED_GROUP))
+        chunks = min(-(-chunks // self.workers) * self.workers, len(others))
+        bounds = [len(others) * k // max(chunks, 1) for k in range(chunks + 1)]
+        for start in range(0, chunks, self.workers):
+            yield [others[slice(*pair)] for pair in pairwise(bounds[start : start + self.workers + 1])]
+
+    def alike(self, rows: Tensor) -> list[Tensor]:
+        """``rows`` in groups of tokens that have similar hidden states."""
+        if not len(rows):
+            return []
+        few = self.hidden[rows[:: -(-len(rows) // ALIKE_TOKENS)]].to(self.head.dtype)
+        few -= few.mean(0)
+        axes = self.sketch[:, :ALIKE_AXES]
+        for _ in range(2):  # towards the largest principal components
+            axes = torch.linalg.qr(few.T @ (few @ axes)).Q
+        features = torch.cat([self.hidden[chunk].to(self.head.dtype) @ axes for chunk in rows.split(EXACT_CHUNK)])
+        sizes = _even_sizes(len(rows), -(-len(rows) // SAMPLED_GROUP))
+        return [rows[tokens.to(rows.device)] for tokens in alike(features, sizes)]
 
     def finish(self) -> None:
         """Subtract from unscaled what is a product with the whole weight: μ = qᵀW of the sampled chunks, so many in one
@@ -405,21 +441,26 @@ class _Forward:
         for start in range(0, len(self.sampled), TAILS):
             tails = self.sampled[start : start + TAILS]
             few = self.few if start == 0 else []
-            left = [*(part.probs.T for part in few), *(part.tail[None].to(self.head.dtype) for part in tails)]
-            product = _times_weight(torch.cat(left), self.head)
+            rows = [*chain.from_iterable(part.probs.T for part in few), *(part.tail for part in tails)]
+            left = self.at_target.new_empty(len(rows), self.head.weight.shape[0])
+            for row, values in zip(left, rows, strict=True):
+                row.copy_(values)
+            product = _times_weight(left, self.head)
             for part in few:
                 expected, product = product.split([len(part.rows), len(tails)])
                 self.unscaled.index_add_(0, part.rows, expected, alpha=-1)
             for tail, mean in zip(tails, product, strict=True):
                 self.unscaled.index_add_(0, tail.rows, tail.remainder[:, None] * -mean)
 
-    def waves(self, rows: Tensor, largest: int) -> Iterator[Sequence[Tensor]]:
-        """Even chunks of at most ``largest`` tokens, as many at a time as there are workers; a few stay together."""
-        fewest = -(-len(rows) // largest)
-        chunks = rows.tensor_split(
-            max(fewest, min(-(-fewest // self.workers) * self.workers, len(rows) // FIRST_CHUNK), 1)
-        )
-        for start in range(0, len(chunks) if len(rows) else 0, self.workers):
+    def waves(self, rows: Tensor) -> Iterator[Sequence[Tensor]]:
+        """Even chunks of at most EXACT_CHUNK tokens, as many at a time as there are workers; a few stay together."""
+        odd = len(rows) % ALIGNED if len(rows) > 2 * SMALLEST_CHUNK else 0
+        fewest = -(-len(rows) // EXACT_CHUNK)
+        parts = max(fewest, min(-(-fewest // self.workers) * self.workers, len(rows) // SMALLEST_CHUNK), 1)
+        chunks = [] if not len(rows) else list(rows[odd:].split(_even_sizes(len(rows) - odd, parts)))
+        if odd:
+            chunks.append(rows[:odd])
+        for start in range(0, len(chunks), self.workers):
             yield chunks[start : start + self.workers]
 
     def emit(self, rows: Tensor, done: _Pass) -> None:
@@ -429,7 +470,7 @@ class _Forward:
         self.others[rows] = done.gradient_rest / done.total
 
     def exact_chunks(self, rows: Tensor) -> None:
-        for wave in self.waves(rows, EXACT_CHUNK):
+        for wave in self.waves(rows):
             chunks = []
             for chunk, workspace in zip(wave, self.workspaces, strict=False):
                 shape = (self.head.weight.shape[0], len(chunk))
@@ -470,31 +511,42 @@ class _Forward:
         if probs is not None:
             probs /= total
 
-    def sampled_chunks(self, wave: Sequence[Tensor], steering: Steering) -> list[Tensor]:
-        """Sample the gradient of each chunk of tokens; returns the tokens for which that does not do."""
+    def sampled_chunks(self, wave: Sequence[list[Tensor]], steering: Steering) -> list[Tensor]:
+        """Sample the gradient of each chunk, groups of tokens; returns the tokens for which that does not do."""
         if not wave:
             return []
         dense, chunks = [], []
-        for rows, workspace in zip(wave, self.workspaces, strict=False):
-            groups = -(-len(rows) // SAMPLED_GROUP)
-            shape = (groups, self.head.weight.shape[0])
-            uniform = torch.rand(shape, generator=self.generator, device=rows.device, dtype=self.head.dtype)
-            chunks.append(_Chunk(rows, uniform, workspace, steering.epsilon(-(-len(rows) // groups))))
+        seen = self.others[self.others > 0]
+        typical = float(seen.square().mean().sqrt()) if len(seen) else math.inf
+        for groups, workspace in zip(wave, self.workspaces, strict=False):
+            shape = (len(groups), self.head.weight.shape[0])
+            uniform = torch.rand(shape, generator=self.generator, device=groups[0].device, dtype=self.head.dtype)
+            chunks.append(_Chunk(groups, uniform, workspace, steering.epsilon(max(map(len, groups))), typical))
         for chunk, found in zip(chunks, _side_by_side(self.sampled_chunk, chunks), strict=True):
             if found is None:
-                steering.record_dense(len(chunk.uniform))
-                dense.append(chunk.rows)
+                steering.record_dense(len(chunk.groups))
+                dense += chunk.groups
             for group in found or ():
                 if group.sampled is None or group.estimate is None:
                     steering.record_dense(1)
-                else:
-                    steering.record(group.estimate)
+                elif steering.accepts(group.estimate):
                     self.sampled.append(group.sampled)
-                    kept = group.sampled.coefficients
-                    self.sample_left -= 0 if kept is None else kept.nbytes
+                    self.make_room(sum(field.nbytes for field in group.sampled if field is not None))
+                else:
+                    dense.append(group.sampled.rows)
                 dense.append(group.failing)
         steering.adapt()
         return dense
+
+    def make_room(self, size: int) -> None:
+        """For so many bytes that the backward needs, let go of coefficients, which it can compute once more."""
+        self.sample_left -= size
+        for k, part in enumerate(self.sampled):
+            if self.sample_left >= 0:
+                break
+            if part.coefficients is not None:
+                self.sample_left += part.coefficients.nbytes
+                self.sampled[k] = part._replace(coefficients=None)
 
     def sampled_chunk(self, chunk: _Chunk) -> list[_Group] | None:
         """None where too many columns are needed.
@@ -502,28 +554,31 @@ class _Forward:
         One walk serves several groups of tokens, each with columns of its own: a wide product is the faster one, and
         few tokens need fewer columns.
         """
-        rows, uniform, workspace, epsilon = chunk
-        head, targets = self.head, self.targets[rows]
+        groups, uniform, workspace, epsilon, typical = chunk
+        head, rows = self.head, torch.cat(groups)
+        targets = self.targets[rows]
         hidden = head.product_input(self.hidden[rows])
         walk = _Pass(head, hidden, targets, self.stats, head.target_logits(hidden, targets), workspace)
-        bounds = [0, *accumulate(len(part) for part in rows.tensor_split(len(uniform)))]
-        candidates = _candidates(walk, bounds, epsilon, uniform)
+        bounds = [0, *accumulate(map(len, groups))]
+        candidates = _candidates(walk, bounds, epsilon, typical, uniform)
         if candidates is None or walk.overflowed():
             return None
         self.emit(rows, walk)
         return [
-            self.sampled_group(rows[slice(*pair)], walk, slice(*pair), found, epsilon)
-            for pair, found in zip(pairwise(bounds), candidates, strict=True)
+            self.sampled_group(group, walk, slice(*pair), found, epsilon, typical)
+            for group, pair, found in zip(groups, pairwise(bounds), candidates, strict=True)
         ]
 
-    def sampled_group(self, rows: Tensor, walk: _Pass, group: slice, found: _Candidates, epsilon: float) -> _Group:
+    def sampled_group(
+        self, rows: Tensor, walk: _Pass, group: slice, found: _Candidates, epsilon: float, typical: float
+    ) -> _Group:
         head, targets, workspace = self.head, walk.targets[group], walk.workspace
         hidden = walk.hidden[group]
         rest, target, gradient_rest = walk.rest[group], walk.target[group], walk.gradient_rest[group]
         total = rest + target
         columns, mass = found.columns, found.mass
         squares = torch.mul(found.exp, found.exp, out=workspace("squares", *found.exp.shape))
-        score = squares.mv(token_weights(rest, target).square_()).sqrt_()
+        score = squares.mv(token_weights(rest, target, typical).square_()).sqrt_()
         chosen, keep = select_columns(score, None, epsilon, found.uniform[columns])
         if len(chosen) > MAX_KEPT * len(mass):
             return _Group(rows, None, None)
@@ -565,6 +620,9 @@ class _Forward:
         if failing.any():
             coefs, remainder = coefs[:, ~failing], remainder[~failing]
             sample = sample._replace(mass=sample.mass[~failing])
+            if self.need_weight:
+                coherent = coherent_variance(keep, coefs, states[~failing] @ self.sketch)
+                estimate = estimate._replace(coherent=coherent / self.tolerances[1] ** 2)
         kept = None
         if self.need_weight and self.sample_left > 0:
             kept = coefs.to(torch.float16 if self.halves else coefs.dtype, copy=True)
@@ -576,10 +634,11 @@ class _Forward:
 class _Chunk(NamedTuple):
     """What one worker needs of one chunk of tokens to sample its gradient."""
 
-    rows: Tensor  # (C,), indices of tokens
+    groups: list[Tensor]  # (C,) each, indices of tokens
     uniform: Tensor  # (groups, V), the draws
     workspace: _Workspace
     epsilon: float
+    typical: float  # 1 − p_y of the tokens before
 
 
 class _Group(NamedTuple):
@@ -603,7 +662,7 @@ class _Kept:
     def start(self, bounds: list[int], rows: int) -> None:
         """Empty, for groups of tokens between ``bounds``, with room for about so many rows of each."""
         self.bounds, self.counts = torch.tensor(bounds), torch.zeros(len(bounds) - 1, dtype=torch.int64)
-        self.width = bounds[1]  # the first group is the largest
+        self.width = int(self.bounds.diff().max())
         self._shape(min(len(self.all_columns), len(self.all_exp) // self.width) // len(self.counts))
         self.reserve(rows)
 
@@ -648,7 +707,9 @@ class _Candidates(NamedTuple):
     uniform: Tensor  # (V,), the draw
 
 
-def _candidates(walk: _Pass, bounds: list[int], epsilon: float, uniform: Tensor) -> list[_Candidates] | None:
+def _candidates(
+    walk: _Pass, bounds: list[int], epsilon: float, typical: float, uniform: Tensor
+) -> list[_Candidates] | None:
     """Walk over the vocabulary and keep the columns that each group may need; None where those are too many.
 
     A tile is gone before the sums over all tiles are known. Sums still incomplete give weights that choose too many
@@ -673,7 +734,7 @@ def _candidates(walk: _Pass, bounds: list[int], epsilon: float, uniform: Tensor)
 
     def group_weights() -> Tensor:
         rest, target = walk.rest, walk.target
-        return torch.cat([token_weights(rest[group], target[group]) for group in groups]).square_()
+        return torch.cat([token_weights(rest[group], target[group], typical) for group in groups]).square_()
 
     for tile, exp in walk.tiles():
         if tile.start < HELD_SHARE * vocab:
@@ -757,8 +818,11 @@ class _LinearLogprob(torch.autograd.Function):
                     # The rank-1 tails of all sampled chunks and the few exact tokens in one product, then what stands
                     # on single columns.
                     for block in _blocks(span, TAIL_ROWS) if sampled else ():
-                        tails = (part.tail[block, None].to(head.dtype) for part in sampled)
-                        left = torch.cat([*tails, *(part.probs[block] for part in few)], 1)
+                        left = workspace("left", block.stop - block.start, len(sums))
+                        for k, part in enumerate(sampled):
+                            left[:, k] = part.tail[block]
+                        for part in few:
+                            left[:, len(sampled) :] = part.probs[block]
                         torch.mm(left, sums, out=dweight[block])
                     for chunk in inside.split(EXACT_CHUNK):
                         dweight.index_add_(0, targets[chunk], _scale(hidden, upstream * at_target, chunk))
@@ -799,6 +863,13 @@ class _LinearLogprob(torch.autograd.Function):
             None if dbias is None else dbias.to(bias.dtype),
             *[None] * 5,
         )
+
+
+def _even_sizes(length: int, parts: int) -> list[int]:
+    """``length`` in so many parts, all but the first multiples of ALIGNED unless they are too small for it."""
+    unit = ALIGNED if length >= 2 * ALIGNED * parts else 1
+    bounds = [0, *(length - length * k // parts // unit * unit for k in range(parts - 1, 0, -1)), length]
+    return [stop - start for start, stop in pairwise(bounds)]
 
 
 def _blocks(span: slice, size: int) -> Iterator[slice]:

@@ -190,10 +190,10 @@ def test_a_flat_softmax_over_few_words_runs_dense():
 
 def test_dense_chunks_are_soon_not_tried():
     """After failures in a row, walks that would be thrown away become rare."""
-    steering = sparse_grad.Steering(2.0**-8)
+    steering = sparse_grad.Steering(2.0**-8, groups=200)
     tried = 0
     for _ in range(200):
-        if not steering.wants_dense():
+        if not steering.wants_dense(1):
             tried += 1
             steering.record_dense(1)
     assert steering.dense_chunks == steering.chunks == 200

@@ -23,7 +23,7 @@ def small_chunks(request, monkeypatch):
         monkeypatch.setattr(cpu_passes, "MAX_THREADS", 0)
     elif cpu_passes.library() is None:
         pytest.skip("no C compiler")
-    for name in ("EXACT_CHUNK", "SAMPLED_CHUNK", "SAMPLED_GROUP", "FIRST_CHUNK"):
+    for name in ("EXACT_CHUNK", "SAMPLED_CHUNK", "SAMPLED_GROUP", "SMALLEST_CHUNK"):
         monkeypatch.setattr(torch_backend, name, 16)
     monkeypatch.setitem(torch_backend.TILE_ELEMENTS, "cpu", 1024)
 
