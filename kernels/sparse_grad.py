@@ -1,17 +1,17 @@
 """An unbiased gradient from a few columns of the vocabulary: which columns, with what weights, how large an error.
 
-A trained model's softmax is concentrated, so of dh_t = W[y_t] − Σ_v p_tv W_v few columns carry most. Per chunk, column
-v is drawn with probability π_v = min(1, n_v / ε), n_v = (Σ_t (p_tv / tol_t)²)^½: for a sum of independently drawn
-terms this π is the one with the least variance at a given number of columns. What is drawn is not p but its deviation
-from a rank-1 control variate: with q the chunk's average distribution over the uncertain columns (π < 1), δ_t the
-token's mass on them and μ = qᵀW,
+A trained model's softmax is concentrated, so of dh_t = W[y_t] − Σ_v p_tv W_v few columns carry most. Per group of
+tokens, column v is drawn with probability π_v = min(1, n_v / ε), n_v = (Σ_t (p_tv / tol_t)²)^½: for a sum of
+independently drawn terms this π is the one with the least variance at a given number of columns. What is drawn is not p
+but its deviation from a rank-1 control variate: with q the group's average distribution over the uncertain columns
+(π < 1), δ_t the token's mass on them and μ = qᵀW,
 
     Σ_v p_tv W_v  =  Σ_{π=1} p_tv W_v + δ_t μ + Σ_{π<1} (p_tv − δ_t q_v) (W_v − μ),
 
 in which (W_v − μ) may stand for W_v because Σ_v (p_tv − δ_t q_v) = 0. Only the last sum is sampled, each drawn column
 weighed by 1/π_v, so the expectation over draws is the exact gradient.
 
-Letters: C tokens in a chunk, V vocabulary, S columns drawn, H hidden size. The target's own column is left out of p
+Letters: C tokens in a group, V vocabulary, S columns drawn, H hidden size. The target's own column is left out of p
 everywhere here: its coefficient 1 − p_y is kept exactly, beside the sample.
 """
 
@@ -22,16 +22,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# ε for a chunk of C tokens starts at this · τ² · √C: within 30 % of what the hidden states of a small chat model need.
+# ε for a group of C tokens starts at this · τ² · √C: within 30 % of what the hidden states of a small chat model need.
 INITIAL_LEVEL = 8.0
 MARGIN = 0.7  # of the tolerance, aimed at: a group scatters by some 15 %
 COHERENT = (
     0.75  # weight of the error that dweight would have if all upstream gradients were equal: it needs less margin
 )
-CEILING = 0.9  # of the tolerance: tokens of a chunk whose estimate is above it are computed densely
-OUTLIER = 4.0  # tolerances that a token may be wrong by, as far as the draw shows: measured are up to 5.3
+CEILING = 0.9  # of the tolerance: tokens of a group whose estimate is above it are computed densely
+OUTLIER = 4.0  # tolerances that a token may be wrong by, as far as the draw shows: measured are up to 7
 SKETCH = 64  # dimensions in which the norms of dweight's rows are estimated
-NEGLIGIBLE = 0.1  # a token's gradient counts as at least this much of its chunk's root mean square
+NEGLIGIBLE = 0.1  # a token's gradient counts as at least this much of its group's root mean square
 
 
 TINY = 1e-30  # no division by zero
@@ -81,7 +81,7 @@ def token_weights(
 
 
 class Sample(NamedTuple):
-    """The sampled part of one chunk's gradient: Σ_v p_tv W_v ≈ coefficientsᵀ W[columns] + remainder ⊗ qᵀW."""
+    """The sampled part of one group's gradient: Σ_v p_tv W_v ≈ coefficientsᵀ W[columns] + remainder ⊗ qᵀW."""
 
     columns: Tensor  # (S,), int64
     keep: Tensor  # (S,), π
@@ -122,7 +122,7 @@ def make_sample(
     column_mass: Tensor,  # (V,), any average of the tokens' distributions that does not depend on the draw; overwritten
     total: Tensor,  # (C,), Σ_v p_tv
 ) -> Sample:
-    """The control variate that goes with a selection."""
+    """The control variate that goes with a group's selection."""
     certain = selection.keep == 1
     tail = column_mass.index_fill_(0, selection.columns[certain], 0.0)
     tail /= tail.sum().clamp_(min=torch.finfo(tail.dtype).tiny)

@@ -117,6 +117,44 @@ def test_error_stays_within_the_tolerance(source, options, tolerance, upstream):
         assert stats.grad_report.columns_kept < 0.3, stats.grad_report
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_errors_that_add_up_stay_within_the_tolerance(seed):
+    """Of tokens with one upstream gradient and much of their direction in common, as groups of similar ones have."""
+    operands, upstream, tolerance = flat(), torch.ones(N), 2.0**-4
+    _, ours = fast(*operands, upstream, grad_tolerance=tolerance, seed=seed)
+    assert relative_error(ours["weight"], truth(*operands, upstream)["weight"]) <= tolerance
+
+
+def test_groups_are_of_similar_tokens():
+    centers = torch.randn(4, 16)
+    kinds = torch.randperm(64) % 4
+    groups = sparse_grad.alike(centers[kinds] + 0.01 * torch.randn(64, 16), [16] * 4)
+    assert torch.equal(torch.cat(groups).sort().values, torch.arange(64))
+    assert all(len(kinds[group].unique()) == 1 for group in groups)
+
+
+def test_groups_of_tokens_that_are_not_numbers():
+    features = torch.randn(20, 16)
+    features[3], features[4, 1], features[5, 0] = torch.nan, torch.inf, 1e30
+    groups = sparse_grad.alike(features, [4, 8, 8])
+    assert [len(group) for group in groups] == [4, 8, 8]
+    assert torch.equal(torch.cat(groups).sort().values, torch.arange(20))
+
+
+def test_similar_tokens_need_fewer_columns(monkeypatch):
+    """Six topics in turns, each with a direction of its own."""
+    hidden, weight, _ = text_like()
+    topics = torch.randn(6, H) * (2 / H**0.5)
+    topics[:, 0] = 0
+    hidden += topics[torch.arange(N) % 6]
+    operands = hidden, weight, torch.multinomial((hidden @ weight.T).softmax(-1), 1).squeeze(1)
+    upstream, tolerance = torch.ones(N), 2.0**-6
+    grouped, _ = fast(*operands, upstream, grad_tolerance=tolerance)
+    monkeypatch.setattr(torch_backend, "alike", lambda features, sizes: torch.arange(len(features)).split(sizes))
+    in_order, _ = fast(*operands, upstream, grad_tolerance=tolerance)
+    assert grouped.grad_report.columns_kept < 0.8 * in_order.grad_report.columns_kept
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_sixteen_bits(dtype):
     """With "auto" the whole error, rounding of the result included, stays within two roundings."""

@@ -260,6 +260,15 @@ def peak_bytes(function):
     return result, peak, now
 
 
+@pytest.mark.parametrize(("length", "parts"), [(1, 1), (17, 2), (2045, 5), (960, 10), (100, 7)])
+def test_even_sizes(length, parts):
+    sizes = torch_backend._even_sizes(length, parts)
+    assert sum(sizes) == length and len(sizes) == parts and min(sizes) > 0
+    assert max(sizes) - min(sizes) <= 2 * torch_backend.ALIGNED
+    if length >= 2 * torch_backend.ALIGNED * parts:
+        assert all(size % torch_backend.ALIGNED == 0 for size in sizes[1:])
+
+
 def test_memory_is_flat(monkeypatch):
     """Above inputs and gradients, with one worker, which the profiler can follow: far below the logits, and beyond the
     budget a few hidden states' worth per token."""
