@@ -24,11 +24,13 @@ _check_inputs: ContextVar[bool] = ContextVar("prefopt_fast_check_inputs", defaul
 class GradReport:
     """What a gradient with ``grad_tolerance > 0`` did (Python numbers, over one call's scored tokens).
 
-    columns_kept: share of the vocabulary's columns whose gradient was computed, mean over chunks (1 for a dense one).
+    columns_kept: share of the vocabulary's columns whose gradient was computed, mean over chunks (1 for a dense one);
+        a chunk is a group of tokens that share columns.
     max_dropped_mass: largest probability mass that one token has on columns that are sampled rather than always kept.
     estimated_error: relative error (Frobenius) that the samples themselves let expect, of dhidden or of dweight,
         whichever is larger.
-    dense_chunks, chunks: chunks that were computed exactly because sampling would not have paid, and all chunks.
+    dense_chunks, chunks: chunks that were computed exactly because sampling would not have paid or would have been too
+        wrong, and all chunks.
     """
 
     columns_kept: float
