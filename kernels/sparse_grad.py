@@ -232,28 +232,26 @@ class Steering:
         self.patience = min(2 * self.patience + 3, 63)
         self.skip = self.patience
 
-    def accepts(self, estimate: Estimate) -> bool:
-        """Record what was found for a group; whether dweight stays within the tolerance with it.
+    def record(self, estimate: Estimate) -> float:
+        """A group was sampled; returns the share of its tokens to be computed exactly, to keep dweight's tolerance.
 
-        A token that is too wrong by itself is computed exactly: failing_tokens. Small errors that add up over a group,
-        where ε was far off for it, are not: then the whole group is. Groups to come are expected to be as wrong as
-        aimed at.
+        A token that is too wrong by itself is computed exactly anyway: failing_tokens. Small errors that add up over a
+        group, where ε was far off for it, are not; of fewer tokens less adds up. Groups to come are expected to be as
+        wrong as aimed at.
         """
         self.chunks += 1
         self.ratios.append((estimate.ratio, estimate.size[0]))
         self.weight += estimate.size[0]
         later = max(0, self.groups - self.chunks) * self.weight / self.chunks
-        coherent = self.coherent + estimate.coherent
-        if coherent + MARGIN**2 / COHERENT * later > self.weight + later:
-            self.dense_chunks += 1
-            return False
-        self.coherent = coherent
-        self.kept += estimate.share
+        room = max(0.0, self.weight + later - self.coherent - MARGIN**2 / COHERENT * later)
+        exact = 1 - room / estimate.coherent if estimate.coherent > room else 0.0
+        self.coherent += min(estimate.coherent, room)
+        self.kept += exact + (1 - exact) * estimate.share
         self.largest_mass = max(self.largest_mass, estimate.mass)
         for k, (error, size) in enumerate(zip(estimate.error, estimate.size, strict=True)):
             self.error[k] += error
             self.size[k] += size
-        return True
+        return exact
 
     def adapt(self) -> None:
         """Move ε by what was recorded since the last time."""

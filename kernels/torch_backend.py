@@ -336,6 +336,13 @@ class _Sampled(NamedTuple):
     remainder: Tensor  # (C,)
     coefficients: Tensor | None  # (S, C), where kept
 
+    def of(self, some: Tensor) -> _Sampled:
+        """With some of its tokens, (C,) bool, alone."""
+        kept = None if self.coefficients is None else self.coefficients[:, some]
+        return self._replace(
+            rows=self.rows[some], mass=self.mass[some], remainder=self.remainder[some], coefficients=kept
+        )
+
     def within(self, span: slice) -> _Sampled:
         """Those of its columns that lie in a range of the vocabulary."""
         bounds = torch.searchsorted(self.columns, torch.tensor([span.start, span.stop], device=self.columns.device))
@@ -529,11 +536,15 @@ class _Forward:
             for group in found or ():
                 if group.sampled is None or group.estimate is None:
                     steering.record_dense(1)
-                elif steering.accepts(group.estimate):
-                    self.sampled.append(group.sampled)
-                    self.make_room(sum(field.nbytes for field in group.sampled if field is not None))
                 else:
-                    dense.append(group.sampled.rows)
+                    part, exact = group.sampled, steering.record(group.estimate)
+                    if exact > 0:  # of its tokens, evenly
+                        steps = (torch.arange(len(part.rows) + 1, device=part.rows.device) * exact).ceil()
+                        moved = steps.diff() > 0
+                        dense.append(part.rows[moved])
+                        part = part.of(~moved)
+                    self.sampled.append(part)
+                    self.make_room(sum(field.nbytes for field in part if field is not None))
                 dense.append(group.failing)
         steering.adapt()
         return dense
