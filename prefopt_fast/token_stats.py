@@ -29,8 +29,7 @@ class GradReport:
     max_dropped_mass: largest probability mass that one token has on columns that are sampled rather than always kept.
     estimated_error: relative error (Frobenius) that the samples themselves let expect, of dhidden or of dweight,
         whichever is larger.
-    dense_chunks, chunks: chunks that were computed exactly because sampling would not have paid or would have been too
-        wrong, and all chunks.
+    dense_chunks, chunks: chunks that were computed exactly because sampling would not have paid, and all chunks.
     """
 
     columns_kept: float
