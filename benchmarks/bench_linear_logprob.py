@@ -14,7 +14,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -88,7 +88,7 @@ def compare(
     rounds: int,
     train_head: bool = True,
     memory: bool = True,
-    split: bool = False,
+    split: Collection[str] = (),
     truth_tokens: int = 0,
 ) -> dict[str, Row]:
     """Rows of every candidate, in their order, the absent ones with the reason.
@@ -96,7 +96,8 @@ def compare(
     Args:
         rounds: interleaved timings of each, after one untimed call that compiles and shows who is absent.
         train_head: whether the weight takes a gradient.
-        memory, split: also measure peak memory, and where the time goes, in one call each.
+        memory: whether to measure peak memory, in one call of each.
+        split: names of those whose time is also followed to where it goes, in one call of each.
         truth_tokens: where positive, also errors against float64 on that many first tokens.
     """
     torch.compiler.reset()  # shapes of earlier problems would count against torch.compile's limit of variants
@@ -117,9 +118,9 @@ def compare(
     for peer in present:
         row = rows[peer.name]
         row.extra_bytes = extra.get(peer.name)
-        if split:
+        if peer.name in split:
             row.profile = profile(peer, problem)
-        if truth is not None and peer is not peers.PRODUCT:
+        if truth is not None:
             row.errors = errors(peer, problem.first(truth_tokens), truth, train_head)
     return rows
 

@@ -149,7 +149,7 @@ class Bench:
         self.save()
 
     def cases(self) -> Iterator[Case]:
-        ours, others = methods(self.device, self.backend)
+        ours, others = methods(self.backend)
         plain = [peer for peer in others if not peer.compiled]
         compiled = [] if self.quick else [peer for peer in others if peer.compiled]
         first, *rest = self.shapes
@@ -266,15 +266,14 @@ class Bench:
             torch.cuda.empty_cache()
 
 
-def methods(device: str, backend: str) -> tuple[list[Peer], list[Peer]]:
+def methods(backend: str) -> tuple[list[Peer], list[Peer]]:
     """Ours at each tolerance, and everybody else's."""
     ours = [
         Peer("prefopt_fast, 2⁻⁸", peers.ours(2.0**-8, backend), 'grad_tolerance = 2⁻⁸: "auto" for bf16'),
         Peer("prefopt_fast, 2⁻⁶", peers.ours(2.0**-6, backend), "grad_tolerance = 2⁻⁶"),
         Peer("prefopt_fast, exact", peers.ours(0.0, backend), "grad_tolerance = 0"),
     ]
-    floor = {peer.name for peer in (*peers.our_peers(device), peers.PRODUCT)}
-    return ours, [peer for peer in peers.all_peers(device) if peer.name not in floor]
+    return ours, list(peers.OTHERS)
 
 
 def runs_in(peer: Peer, mode: str) -> bool:

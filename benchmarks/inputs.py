@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 CACHE = Path(__file__).parent.parent / ".cache" / "benchmarks"
-REAL_TOKENS = 8192  # response tokens kept of a real model and data set
+REAL_TOKENS = 16_384  # response tokens kept of a real model and data set
 
 # (V, H) of the heads that synthetic problems stand for.
 MODELS = {
@@ -194,7 +194,7 @@ def real(
     """Hidden states of a causal LM at the response tokens of preference pairs, and its head.
 
     Args:
-        tokens: at most 8,192.
+        tokens: at most REAL_TOKENS.
         model, data: folder or hub id, and preference file; by default the environment's PREFOPT_FAST_MODEL and
             PREFOPT_FAST_DATA. The states are computed once and kept in .cache/benchmarks.
 
@@ -211,7 +211,7 @@ def real(
 
     from prefopt_fast.scoring import model_digest
 
-    content = model_digest(model) + hashlib.sha256(Path(data).read_bytes()).hexdigest()
+    content = f"{model_digest(model)} {hashlib.sha256(Path(data).read_bytes()).hexdigest()} {REAL_TOKENS}"
     path = CACHE / f"real-{hashlib.sha256(content.encode()).hexdigest()[:16]}.safetensors"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -175,7 +175,17 @@ def product(problem: Problem) -> None:
             torch.mm(chunk, problem.weight.T, out=buffer[: len(chunk)])
 
 
+def product_and_gradients(problem: Problem) -> None:
+    """The product, and memory for the gradients written once, as whoever returns new ones must."""
+    product(problem)
+    for leaf in (problem.hidden, problem.weight):
+        if leaf.requires_grad:
+            leaf.grad = torch.zeros_like(leaf)
+
+
 PRODUCT = Peer("bare product", product, "forward only: the floor")
+WRITTEN = Peer("bare product, zero gradients", product_and_gradients, "and gradients' memory written once")
+FLOORS = (PRODUCT, WRITTEN)
 FAST_TOLERANCE = 2.0**-8
 _COMPILED = "compiled for these shapes"
 OTHERS = (
@@ -215,8 +225,8 @@ def our_peers(device: str | torch.device, tolerance: float = FAST_TOLERANCE) -> 
 
 
 def all_peers(device: str | torch.device) -> list[Peer]:
-    """Ours, everybody else's, and the floor."""
-    return [*our_peers(device), *OTHERS, PRODUCT]
+    """Ours, everybody else's, and the floors."""
+    return [*our_peers(device), *OTHERS, *FLOORS]
 
 
 def format_tolerance(tolerance: float) -> str:
