@@ -93,7 +93,7 @@ def _largest_columns(level: float) -> Iterator[None]:
     def above_threshold(walk: Any, groups: Any, epsilon: float, typical: float, uniform: Tensor) -> Any:
         return candidates(walk, groups, epsilon, typical, torch.ones_like(uniform))
 
-    def select(score: Tensor, targets: Any, epsilon: float, uniform: Tensor) -> sparse_grad.Selection:
+    def select(score: Tensor, epsilon: float, uniform: Tensor) -> sparse_grad.Selection:
         columns = (score > epsilon).nonzero().squeeze(-1)
         return sparse_grad.Selection(columns, score.new_ones(len(columns)))
 

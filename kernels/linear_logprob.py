@@ -36,6 +36,7 @@ from .tiles import (
     has_tma,
     kernel_operands,
     load_tile,
+    on_device,
     operand,
     operand_type,
     processors,
@@ -52,6 +53,7 @@ TOKEN_BLOCKS_PER_GROUP = 16
 
 # N·V·H under which choosing columns costs more time than it saves, as measured on an H100.
 MIN_SAMPLED_WORK = 4e11
+FP16_LARGEST = 256.0  # of ∂loss/∂logits: ample room above for 1/π · ∂loss/∂logits, and the most below
 WORKSPACE_BYTES = 128 << 20  # of ∂loss/∂logits that the backward holds at a time, for a range of the vocabulary
 
 
@@ -123,14 +125,16 @@ def _forward_kernel(
         target_logit = tl.maximum(target_logit, tl.max(tl.where(hit, logits, float("-inf")), 1))
 
         new_maximum = tl.maximum(maximum, tl.max(logits, 1))
-        rescale = tl.exp2(maximum - new_maximum)
-        shifted = logits - new_maximum[:, None]
+        # A bias of −inf masks an entry; where all so far are, any finite number serves as the maximum.
+        reference = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+        rescale = tl.exp2(maximum - reference)
+        shifted = logits - reference[:, None]
         exp = tl.exp2(shifted)
         if ENTROPY:
             # Σ e·(z − m') from Σ e·(z − m): every term gains (m − m')·e. A first tile has Σ e = 0 and m = −inf.
-            moved = tl.where(maximum == float("-inf"), 0.0, maximum - new_maximum)
+            moved = tl.where(maximum == float("-inf"), 0.0, maximum - reference)
             weighted = rescale * (weighted + moved * total)
-            weighted += tl.sum(tl.where((columns < vocab_size)[None, :], exp * shifted, 0.0), 1)
+            weighted += tl.sum(tl.where(exp > 0.0, exp * shifted, 0.0), 1)
         total = total * rescale + tl.sum(exp, 1)
         squares = exp * exp
         if SUM_SQ:
@@ -138,7 +142,7 @@ def _forward_kernel(
         maximum = new_maximum
         if seed is not None:
             # p = 2^(z − LSE) with the larger of two lower bounds in the LSE's place: never too small.
-            factor = tl.minimum(tl.exp2(maximum - known), 1.0 / total)
+            factor = tl.where(total > 0.0, tl.minimum(tl.exp2(maximum - known), 1.0 / total), 0.0)
             sums = tl.sum(squares * (factor * factor)[:, None], 0)
             slot = column_sq + tl.cast(token_block, tl.int64) * vocab_size + columns
             tl.store(slot, sums.to(tl.bfloat16), mask=columns < vocab_size)
@@ -154,8 +158,10 @@ def _forward_kernel(
         tl.store(slot + (2 + SUM_SQ) * stride, weighted, mask=scored)
     if SUM:
         tl.store(slot + (2 + SUM_SQ + ENTROPY) * stride, logit_sum, mask=scored)
-    # A target stands in one split: that program writes its logit.
-    tl.store(target_logits + tokens, target_logit, mask=(target >= first_column) & (target < last_column))
+    # A target stands in one split: that program writes its logit, and the first one NaN for what is no target.
+    here = (target >= first_column) & (target < last_column)
+    nowhere = ((target < 0) | (target >= vocab_size)) & (tokens < tl.where(split == 0, n_tokens, 0))
+    tl.store(target_logits + tokens, tl.where(here, target_logit, float("nan")), mask=here | nowhere)
 
 
 @triton.jit(do_not_specialize=VARYING_SIZES)
@@ -190,8 +196,9 @@ def _combine_kernel(
     split_maximum = tl.load(slots, mask=inside, other=float("-inf"))
     maximum = tl.max(split_maximum, 0)
     maximum = tl.where(scored, maximum, 0.0)
-    moved = tl.where(inside, split_maximum - maximum[None, :], 0.0)
-    rescale = tl.where(inside, tl.exp2(moved), 0.0)
+    finite = split_maximum > float("-inf")  # not so outside, and in a split whose entries are all masked
+    moved = tl.where(finite, split_maximum - maximum[None, :], 0.0)
+    rescale = tl.where(finite, tl.exp2(moved), 0.0)
     split_total = tl.load(slots + stride, mask=inside, other=0.0)
     total = tl.sum(split_total * rescale, 0)
     total = tl.where(scored, total, 1.0)
@@ -326,7 +333,7 @@ def forward_partials(
     _forward_kernel[(n_blocks * n_splits,)](
         operand(hidden, [config.block_n, config.block_h], tma),
         operand(weight, [config.block_v, config.block_h], tma),
-        bias,
+        None if bias is None else bias.contiguous(),
         targets,
         partials,
         target_logits,
@@ -364,11 +371,12 @@ def scored_rows(
     """
     rows = (targets != ignore_index).nonzero().squeeze(-1)
     if len(rows) == len(targets):
-        return hidden.contiguous(), targets, None
+        return hidden.contiguous(), targets.contiguous(), None
     return hidden.index_select(0, rows), targets.index_select(0, rows), rows
 
 
 @torch.library.custom_op("prefopt_fast::linear_logprob", mutates_args=())
+@on_device
 def _forward_op(
     hidden: Tensor,  # (N, H)
     weight: Tensor,  # (V, H)
@@ -498,6 +506,7 @@ def _grad_logits(
 
 
 @torch.library.custom_op("prefopt_fast::linear_logprob_backward", mutates_args=())
+@on_device
 def _backward_op(
     grad: Tensor,  # (N,), fp32
     hidden: Tensor,  # (N, H)
@@ -519,9 +528,11 @@ def _backward_op(
     need_hidden, need_weight, need_bias = needed
     scored, scored_targets, rows = scored_rows(hidden, targets, ignore_index)
     # dweight and dbias are written in whole, and so is dhidden where no token is ignored.
-    dhidden = (torch.empty_like if rows is None else torch.zeros_like)(hidden) if need_hidden else None
+    row_major = torch.contiguous_format  # as the kernels write, whatever the operands' strides
+    allocate = torch.empty_like if rows is None else torch.zeros_like
+    dhidden = allocate(hidden, memory_format=row_major) if need_hidden else None
     allocate = torch.empty_like if len(scored) else torch.zeros_like
-    dweight = allocate(weight) if need_weight else None
+    dweight = allocate(weight, memory_format=row_major) if need_weight else None
     dbias = allocate(bias) if need_bias and bias is not None else None
     gradients = (
         hidden.new_empty(0) if dhidden is None else dhidden,
@@ -533,10 +544,13 @@ def _backward_op(
 
     if rows is not None:
         grad, logprobs, logsumexp = grad[rows], logprobs[rows], logsumexp[rows]
-    # fp16 has no range for p · ∂loss/∂logp, so there the upstream gradient is brought to at most 1 and put back later.
-    unit = grad.abs().amax().clamp_min(torch.finfo(grad.dtype).tiny) if hidden.dtype == torch.float16 else None
-    grad = grad if unit is None else grad / unit
+    # fp16 has no range for p · ∂loss/∂logp: there the largest of them is brought to FP16_LARGEST, and put back later.
+    unit = None
+    if hidden.dtype == torch.float16:
+        unit = (grad.abs().amax() * (abs(scale) / FP16_LARGEST)).clamp_min(torch.finfo(grad.dtype).tiny)
+        grad = grad / unit
     token_factors = _token_factors(grad, logprobs, logsumexp, scale)
+    bias = None if bias is None else bias.contiguous()
     operands = (scored, weight.contiguous(), bias, scored_targets, token_factors, (scale, softcap))
     slots = None
     if tolerance > 0:
@@ -640,8 +654,8 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     need_hidden, need_weight, need_bias = needed
     return (
-        torch.empty_like(hidden) if need_hidden else hidden.new_empty(0),
-        torch.empty_like(weight) if need_weight else weight.new_empty(0),
+        hidden.new_empty(hidden.shape) if need_hidden else hidden.new_empty(0),
+        weight.new_empty(weight.shape) if need_weight else weight.new_empty(0),
         torch.empty_like(bias) if need_bias and bias is not None else weight.new_empty(0),
     )
 

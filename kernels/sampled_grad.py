@@ -30,7 +30,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from . import configs
-from .sparse_grad import select_columns
 from .tiles import (
     SMALL,
     VARYING_SIZES,
@@ -147,7 +146,8 @@ def _sampled_grad_logits_kernel(
     if bias is not None:
         product += tl.load(bias + column, mask=kept, other=0.0).to(tl.float32)[None, :]
     grad = grad_of_product(product, tokens, slots, target_slots, token_factors, n_tokens, scale, softcap, HAS_SOFTCAP)
-    grad *= tl.load(weights + slots)[None, :]
+    # In padding the logit is 0, whose exponential over a very negative log-sum-exp is infinite.
+    grad = tl.where(kept[None, :], grad * tl.load(weights + slots)[None, :], 0.0)
     local = within + tl.arange(0, BLOCK_N)
     tl.store(tile_sums + tl.cast(tile, tl.int64) * CHUNK + local, tl.sum(grad, 1))
     tl.store(grad_logits + slots.to(tl.int64)[None, :] * CHUNK + local[:, None], grad.to(grad_logits.dtype.element_ty))
@@ -326,31 +326,30 @@ def draw_slots(
     chunk_of_token = torch.arange(len(targets), device=device) // chunk
     uniform = torch.rand(scores.shape, device=device, generator=torch.Generator(device).manual_seed(seed))
     # A chunk whose upstream gradient is all zero has scores and ε of 0 and keeps its targets alone.
-    selection = select_columns(
-        (scores / epsilons.clamp_min(1e-30)[:, None]).flatten(),
-        chunk_of_token * vocab_size + targets,
-        1.0,
-        uniform.flatten(),
-    )
-    if len(selection.columns) > MAX_SHARE * scores.numel():
+    keep = (scores / epsilons.clamp_min(1e-30)[:, None]).clamp_(max=1.0).flatten()
+    keep.index_fill_(0, chunk_of_token * vocab_size + targets, 1.0)
+    drawn = uniform.flatten() < keep
+    order = drawn.cumsum(0, dtype=torch.int32)  # of the drawn columns, from 1 on
+    last = order.view(n_chunks, vocab_size)[:, -1]
+    starts, counts = pad(last, (1, -1)), last.diff(prepend=last.new_zeros(1))
+    first_slots = pad(((counts + tile - 1) // tile * tile).cumsum(0), (1, 0))
+    # The one synchronization: the slots' bounds, which launches and buffers need.
+    *bounds, total = torch.cat([first_slots, last[-1:]]).tolist()
+    if total > MAX_SHARE * len(keep):
         return None
-    # From here on one synchronization: the slots' bounds, which launches and buffers need.
-    starts = torch.searchsorted(selection.columns, torch.arange(n_chunks + 1, device=device) * vocab_size)
-    padded = (starts.diff() + tile - 1) // tile * tile
-    first_slots = pad(padded.cumsum(0), (1, 0))
-    bounds = first_slots.tolist()
-    chunks, columns = selection.columns // vocab_size, selection.columns % vocab_size
-    slots = torch.arange(len(columns), device=device) + (first_slots - starts)[chunks]
-    positions = torch.full(scores.shape, -1, dtype=torch.int32, device=device)
-    positions[chunks, columns] = slots.int()
-    tile_starts = torch.arange(0, bounds[-1], tile, device=device)
+    slots = torch.arange(bounds[-1], device=device)
+    chunks = torch.searchsorted(first_slots[1:], slots, right=True)
+    rank = slots - first_slots[chunks]
+    taken = rank < counts[chunks]
+    index = torch.searchsorted(order, (starts[chunks] + rank + 1).int()).where(taken, 0)
+    positions = order.view(n_chunks, vocab_size) + (first_slots[:-1] - starts - 1).int()[:, None]
     return Slots(
-        torch.full((bounds[-1],), vocab_size, dtype=torch.int32, device=device).index_copy_(0, slots, columns.int()),
-        torch.zeros(bounds[-1], device=device).index_copy_(0, slots, 1 / selection.keep),
-        torch.searchsorted(first_slots[1:], tile_starts, right=True).int(),
+        (index % vocab_size).where(taken, vocab_size).int(),
+        (1 / keep[index]).where(taken, 0.0),
+        chunks[::tile].int(),
         first_slots.int(),
         bounds,
-        positions,
+        positions.masked_fill_(~drawn.view(n_chunks, vocab_size), -1),
     )
 
 

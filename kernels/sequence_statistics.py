@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import SMALL, Specialization, specialize
+from .tiles import SMALL, Specialization, on_device, specialize
 
 BLOCK = 1024
 
@@ -58,6 +58,7 @@ def _sequence_kernel(
 
 
 @torch.library.custom_op("prefopt_fast::sequence_statistics", mutates_args=())
+@on_device
 def sequence_statistics(
     logprobs: Tensor,  # (B, T), or (N,) with cu_seqlens
     mask: Tensor,  # of the same shape, bool
@@ -77,7 +78,7 @@ def sequence_statistics(
             logprobs.contiguous(),
             None if alignment is None else alignment.contiguous(),
             mask.contiguous(),
-            cu_seqlens,
+            None if cu_seqlens is None else cu_seqlens.contiguous(),
             sums,
             means,
             lengths,

@@ -46,19 +46,16 @@ class Selection(NamedTuple):
 
 def select_columns(
     score: Tensor,  # (V,)
-    targets: Tensor | None,  # (C,), int64
     epsilon: float,
     uniform: Tensor,  # (V,), in [0, 1)
 ) -> Selection:
-    """Keep column v with probability min(1, score_v / epsilon), and the targets' columns always.
+    """Keep column v with probability min(1, score_v / epsilon).
 
     ``score`` is any measure of a column's part in the gradient that does not depend on ``uniform``: weighing what was
     kept by 1/keep leaves the gradient unbiased whatever the score. The kept columns are few: the call synchronizes an
     accelerator once, to learn how many.
     """
     keep = (score / epsilon).clamp_(max=1.0)
-    if targets is not None:
-        keep.index_fill_(0, targets, 1.0)
     columns = (uniform < keep).nonzero().squeeze(-1)
     return Selection(columns, keep[columns])
 
@@ -225,12 +222,13 @@ class Steering:
         self.dense_chunks += groups
         return True
 
-    def record_dense(self, groups: int) -> None:
-        """So many groups of a walk need too many columns."""
+    def record_dense(self, groups: int, in_vain: bool = False) -> None:
+        """So many groups of a walk cannot be sampled; of a walk in vain none can, for they need too many columns."""
         self.chunks += groups
         self.dense_chunks += groups
-        self.patience = min(2 * self.patience + 3, 63)
-        self.skip = self.patience
+        if in_vain:
+            self.patience = min(2 * self.patience + 3, 63)
+            self.skip = self.patience
 
     def record(self, estimate: Estimate) -> float:
         """A group was sampled; returns the share of its tokens to be computed exactly, to keep dweight's tolerance.

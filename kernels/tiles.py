@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -22,6 +24,8 @@ LN2: tl.constexpr = tl.constexpr(math.log(2.0))
 # Sizes that change from call to call: a specialization for each that happens to be 1 or a multiple of 16 would compile
 # kernels in the middle of a run.
 VARYING_SIZES = ["n_tokens", "n_rows", "vocab_size", "n_columns", "n_splits", "tiles_per_split", "first_id"]
+
+Result = TypeVar("Result")
 
 # Of kernels without a product, which Triton's defaults suit; their blocks are arguments.
 SMALL = Config(block_n=0, block_v=0, block_h=0, num_warps=4, num_stages=3)
@@ -78,6 +82,19 @@ def grad_of_product(
         ratio = logits * (1.0 / (softcap * LOG2E))
         grad *= 1.0 - ratio * ratio
     return grad
+
+
+def on_device(function: Callable[..., Result]) -> Callable[..., Result]:
+    """With the device of its first operand as the current one, on which Triton launches whatever the operands'."""
+
+    @wraps(function)
+    def guarded(first: Tensor, *operands: Any) -> Result:
+        if first.device.type == "cpu":
+            return function(first, *operands)
+        with torch.get_device_module(first.device).device(first.device):
+            return function(first, *operands)
+
+    return guarded
 
 
 def processors(device: torch.device) -> int:

@@ -63,7 +63,7 @@ PROBS_BYTES = 512 << 20  # of exact probabilities kept for the backward; beyond 
 SAMPLE_BYTES = 48 << 20  # kept of samples for the backward; beyond it their coefficients are recomputed
 GATHER_ROWS = 2048  # of the weight, gathered at a time
 TAILS = 32  # in one product with the weight
-FEW_TOKENS = 64  # computed exactly go with the tails: their products would be walks over the weight, and nothing else
+FEW_SHARE = 0.5  # of SAMPLE_BYTES: exact tokens whose probabilities fit go with the tails, not over the weight again
 TAIL_ROWS = 1024  # of dweight, filled with the sampled chunks' tails at a time
 UPCAST_ROWS = 4096  # of a 16-bit weight at a time
 HALF_TOLERANCE = 2.0**-9  # from here on what is kept for the backward has 16 bits: of rounding that averages out
@@ -112,14 +112,14 @@ def _side_by_side(function: Callable[[Item], Result], items: Sequence[Item]) -> 
     """[function(item) for item in items], of at most _workers() items, each in a thread of its own."""
     if len(items) == 1:
         return [function(items[0])]
-    threads = torch.get_num_threads()
+    threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
     # A thread of the pool may hold `work` for a moment after its result, and autograd copies a gradient that others
     # hold: nothing that `work` refers to outlives the call.
     held = [function]
 
     def work(item: Item) -> Result:
         torch.set_num_threads(max(1, threads // len(items)))
-        with torch.no_grad():
+        with torch.inference_mode() if inference else torch.no_grad():  # each thread has modes of its own
             return held[0](item)
 
     try:
@@ -266,7 +266,7 @@ class _Pass:
         logits -= self.shift
         if "entropy" in self.stats:
             exp = torch.exp(logits, out=self.workspace("scratch", *logits.shape))
-            self.moment += logits.mul_(exp).sum(0)
+            self.moment += logits.mul_(exp).masked_fill_(exp == 0, 0).sum(0)  # −inf · 0 of a masked entry
             logits.copy_(exp)
         else:
             logits.exp_()
@@ -402,12 +402,13 @@ class _Forward:
                     tried.append(chunk)
             dense += self.sampled_chunks(tried, steering)
         rest = torch.cat(dense)
-        if self.sampled and 0 < len(rest) <= FEW_TOKENS:
-            probs = self.at_target.new_empty(self.head.weight.shape[0], len(rest))
-            self.few.append(_Few(rest, probs))
-            self.make_room(probs.nbytes)
+        size = self.head.weight.shape[0] * len(rest) * self.head.dtype.itemsize
+        if self.sampled and 0 < size <= FEW_SHARE * SAMPLE_BYTES:
+            self.make_room(size)
+            self.few.append(_Few(rest, self.at_target.new_empty(self.head.weight.shape[0], len(rest))))
             self.exact_chunk(self.few[0], self.workspaces[0], multiply=False)
         else:
+            self.probs_left = PROBS_BYTES * len(rest) // max(len(rows), 1)
             self.exact_chunks(rest)
         self.finish()
         return steering.report()
@@ -531,7 +532,7 @@ class _Forward:
             chunks.append(_Chunk(groups, uniform, workspace, steering.epsilon(max(map(len, groups))), typical))
         for chunk, found in zip(chunks, _side_by_side(self.sampled_chunk, chunks), strict=True):
             if found is None:
-                steering.record_dense(len(chunk.groups))
+                steering.record_dense(len(chunk.groups), in_vain=True)
                 dense += chunk.groups
             for group in found or ():
                 if group.sampled is None or group.estimate is None:
@@ -572,8 +573,10 @@ class _Forward:
         walk = _Pass(head, hidden, targets, self.stats, head.target_logits(hidden, targets), workspace)
         bounds = [0, *accumulate(map(len, groups))]
         candidates = _candidates(walk, bounds, epsilon, typical, uniform)
-        if candidates is None or walk.overflowed():
+        if candidates is None:
             return None
+        if walk.overflowed():
+            return [_Group(group, None, None) for group in groups]
         self.emit(rows, walk)
         return [
             self.sampled_group(group, walk, slice(*pair), found, epsilon, typical)
@@ -590,7 +593,7 @@ class _Forward:
         columns, mass = found.columns, found.mass
         squares = torch.mul(found.exp, found.exp, out=workspace("squares", *found.exp.shape))
         score = squares.mv(token_weights(rest, target, typical).square_()).sqrt_()
-        chosen, keep = select_columns(score, None, epsilon, found.uniform[columns])
+        chosen, keep = select_columns(score, epsilon, found.uniform[columns])
         if len(chosen) > MAX_KEPT * len(mass):
             return _Group(rows, None, None)
         wrapped = -int(torch.searchsorted(chosen, found.wrap))
@@ -805,7 +808,8 @@ class _LinearLogprob(torch.autograd.Function):
         head = _Head(weight, bias, ctx.transform[0], ctx.transform[1], logsumexp.dtype)
         exact, few, sampled = _unflatten(parts, (_Exact, ctx.exact), (_Few, ctx.few), (_Sampled, ctx.sampled))
         rows = (targets != ctx.ignore_index).nonzero().squeeze(-1)
-        upstream = grad.to(head.dtype) * head.scale
+        # Where nothing is computed nothing depends on the log-prob, even if what the caller did with it is NaN there.
+        upstream = grad.masked_fill(targets == ctx.ignore_index, 0).to(head.dtype) * head.scale
 
         with torch.autocast(hidden.device.type, enabled=False):
             dhidden = _times_upstream(unscaled, upstream).to(hidden.dtype) if need_hidden else None

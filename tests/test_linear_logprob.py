@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import DEVICE, assert_as_good_as_plain, make_problem, plain_stats, relative_error
-from prefopt_fast.kernels import configs, linear_logprob, sampled_grad
+from prefopt_fast.kernels import configs, linear_logprob, sampled_grad, tiles
+from prefopt_fast.kernels.dispatch import Options
 from torch import Tensor
 
 import prefopt_fast as pf
@@ -165,6 +168,77 @@ def test_sampled_gradient(workspace: int, device: str, always_sample: None, monk
         assert max(errors) < 0.1 and min(errors) > 1e-4
         assert relative_error(sum(draw[name].double() for draw in draws[:3]) / 3, truth) < 0.8 * max(errors)
         assert torch.equal(draws[0][name], draws[3][name]) and not torch.equal(draws[0][name], draws[1][name])
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.1], ids=["exact", "sampled"])
+def test_shifted_logits(tolerance: float, device: str, always_sample: None) -> None:
+    """What all logits have in common changes nothing, also where e to its power is beyond fp32."""
+    hidden, head, targets, upstream = many_chunks(device)
+    shifted = pf.LMHead(head.weight, torch.full((300,), -200.0, device=device))
+    found = triton_gradients(hidden, shifted, targets, upstream, tolerance=tolerance)
+    expected = gradients(pf.reference.token_logprobs, hidden, head, targets, upstream)
+    for name in expected:
+        assert relative_error(found[name], expected[name]) < max(tolerance, 1e-4)
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.05], ids=["exact", "sampled"])
+def test_strided_operands(tolerance: float, device: str, always_sample: None) -> None:
+    """The same bits as of contiguous ones."""
+    hidden, weight, targets = make_problem(40, 70, 32, device=device)
+    bias, upstream = torch.randn(70, device=device), torch.randn(40, device=device)
+
+    def strided(x: Tensor) -> Tensor:
+        return torch.stack([x, torch.zeros_like(x)], -1)[..., 0]
+
+    def bits(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+        return triton_gradients(leaves[0], pf.LMHead(*leaves[1:]), targets, upstream, tolerance=tolerance)
+
+    expected = bits(hidden, weight, bias, targets)
+    transposed = (x.detach().T.contiguous().T for x in (hidden, weight))
+    found = bits(*transposed, strided(bias.detach()), strided(targets))
+    for name in expected:
+        assert torch.equal(found[name], expected[name]), name
+
+
+def test_small_upstream_gradients_in_fp16(device: str) -> None:
+    """p · ∂loss/∂logp is below fp16's normal range for half of the tokens, whose gradients are as good all the same."""
+    hidden, weight, targets = make_problem(40, 300, 32, device=device)
+    hidden, weight = (hidden / 1000).half(), (weight * 1000).half()  # dhidden itself stays in the range
+    operands = (hidden.requires_grad_(), pf.LMHead(weight), targets)
+    upstream = torch.ones(40, device=device)
+    upstream[::2] = 1e-6
+    found = triton_gradients(*operands, upstream)["hidden"]
+    expected = gradients(pf.reference.token_logprobs, *operands, upstream)["hidden"]
+    small, large = (relative_error(found[half::2], expected[half::2]) for half in (0, 1))
+    assert small < 4 * max(large, torch.finfo(torch.float16).eps)
+
+
+def test_targets_that_do_not_exist(device: str) -> None:
+    """Where looking would cost a synchronization the result says it: NaN."""
+    hidden, weight, targets = make_problem(20, 70, 32, device=device)
+    wrong = targets.clone()
+    wrong[3], wrong[17] = -1, 70
+    found, expected = (
+        linear_logprob.linear_logprob(hidden, weight, None, y, (1.0, None), (), Options())[0]["logprobs"]
+        for y in (wrong, targets)
+    )
+    assert found[[3, 17]].isnan().all()
+    assert torch.equal(found[wrong == targets], expected[wrong == targets])
+
+
+def test_launches_are_on_the_device_of_the_operands(monkeypatch) -> None:
+    current = []
+
+    @contextmanager
+    def device(which: torch.device):
+        current.append(which)
+        yield
+
+    monkeypatch.setattr(torch, "get_device_module", lambda _: SimpleNamespace(device=device))
+    operand = torch.empty(2, device="meta")
+    assert tiles.on_device(lambda x, factor: x.numel() * factor)(operand, 3) == 6
+    assert current == [operand.device]
 
 
 def test_flat_softmax_is_exact(device: str, monkeypatch) -> None:

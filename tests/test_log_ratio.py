@@ -55,6 +55,17 @@ def test_bad_input(device: str) -> None:
         token_log_ratio(hidden, head, hidden[:3], head, targets, backend="triton")
 
 
+def test_dtypes_as_in_token_logprobs(device: str) -> None:
+    hidden, weight, targets = make_problem(12, 40, 16, device=device)
+    head, half = pf.LMHead(weight), pf.LMHead(weight.bfloat16())
+    with pytest.raises(ValueError, match=r"hidden and head\.weight must have one dtype"):
+        token_log_ratio(hidden, head, hidden, half, targets, backend="triton")
+    with torch.autocast(device, torch.bfloat16):
+        found = token_log_ratio(hidden, half, 2 * hidden, head, targets, backend="triton").ratio
+    expected = token_log_ratio(hidden.bfloat16(), half, (2 * hidden).bfloat16(), half, targets, backend="triton").ratio
+    assert torch.equal(found, expected)
+
+
 def test_operator(device: str) -> None:
     hidden, weight, targets = make_problem(5, 40, 16, device=device)
     args = (hidden, weight, None, hidden, weight, None, targets, 1.0, None, 2.0, 5.0, -100)

@@ -34,6 +34,15 @@ def test_statistics_and_gradient(packed: bool, alignment: str, device: str) -> N
     torch.testing.assert_close(ours.double(), theirs * mask, rtol=1e-6, atol=1e-9)
 
 
+def test_strided_offsets(device: str) -> None:
+    from prefopt_fast.kernels import sequence_statistics as kernels
+
+    logprobs, mask = -torch.rand(30, device=device), torch.ones(30, dtype=torch.bool, device=device)
+    offsets = torch.tensor([[0, 0], [12, 5], [30, 7]], device=device)[:, 0]
+    found, expected = (kernels.sequence_statistics(logprobs, mask, None, x) for x in (offsets, offsets.contiguous()))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_operator(device: str) -> None:
     from prefopt_fast.kernels import sequence_statistics as _  # noqa: F401  (registers the operator)
 

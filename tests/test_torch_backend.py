@@ -236,6 +236,30 @@ def test_side_by_side(tolerance, probs_bytes, three_threads, small_chunks, monke
         assert relative_error(found, exact) <= (bound if tolerance == 0.0 else max(bound, tolerance))
 
 
+def test_inference_mode(three_threads):
+    """Its tensors may be written in inference mode alone, which each worker has to be in."""
+    hidden, weight, targets = make_problem(300, 80, 8)
+    with torch.inference_mode():
+        found = logprobs(hidden, pf.LMHead(weight), targets).logprobs
+    assert torch.equal(found, logprobs(hidden, pf.LMHead(weight), targets).logprobs)
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 2.0**-6])
+def test_nan_upstream_where_ignored(tolerance):
+    """A function of the 0 that stands for an ignored token's log-prob may have any slope."""
+    hidden, weight, targets = make_problem(40, 500, 8)
+    targets[::3] = -100
+    hidden.requires_grad_(), weight.requires_grad_()
+    found = logprobs(hidden, pf.LMHead(weight), targets, tolerance).logprobs
+    clean = torch.rand(40).masked_fill(targets == -100, 0)
+    expected = torch.autograd.grad(found, (hidden, weight), clean, retain_graph=True)
+    for value in (torch.nan, torch.inf):
+        ours = torch.autograd.grad(
+            found, (hidden, weight), clean.masked_fill(targets == -100, value), retain_graph=True
+        )
+        assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
 def test_an_error_in_a_worker_is_raised(three_threads):
     def fail(item):
         if item:
