@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TrainingArguments
 
 import prefopt_fast as pf
@@ -24,7 +25,8 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype="float32").to(arguments.device)
     pairs, report = encode(load_preferences(options.data), tokenizer, options.max_length)
     print(report)
-    pairs = add_ref_logps(pairs, model)  # the reference is the model before its training
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
+    pairs = add_ref_logps(pairs, model, dtype=dtype)  # the reference is the model before its training
     trainer = PreferenceTrainer(
         model,
         arguments,

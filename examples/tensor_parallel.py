@@ -25,7 +25,9 @@ def main() -> None:
 
     dist.init_process_group()
     plan = DistributedConfig(tp_size=dist.get_world_size())
-    models = [AutoModelForCausalLM.from_pretrained(args.model, distributed_config=plan) for _ in range(2)]
+    models = [
+        AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, distributed_config=plan) for _ in range(2)
+    ]
     policy, reference = ResponseModel(models[0]), ResponseModel(models[1].requires_grad_(False))
     device = models[0].device
     rows, _ = encode(load_preferences(args.data), load_tokenizer(args.model), max_length=1024)

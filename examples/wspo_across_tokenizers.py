@@ -32,7 +32,7 @@ def main() -> None:
     print(report)
     strong, weak = ({row["row"]: row for row in rows} for rows in (strong_rows, weak_rows))
 
-    policy, ref = (ResponseModel(load_model(args.model)).eval() for _ in range(2))
+    policy, ref = (ResponseModel(load_model(args.model, dtype=torch.float32)).eval() for _ in range(2))
     sources = (args.weak_aligned_model, args.weak_ref_model)
     weak_pair = [ResponseModel(load_model(source)).eval() for source in sources]
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate)

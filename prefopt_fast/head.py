@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -109,15 +110,23 @@ class LMHead:
                 f"the output embedding has {rows} of the vocabulary's {vocab_size} rows, and is no DTensor that knows "
                 "of the others: give LMHead this rank's weight with group and vocab_start"
             )
-        logit_scale = getattr(config, "logit_scale", None)  # Cohere multiplies …
-        logits_scaling = getattr(config, "logits_scaling", None)  # … Granite divides
+        softcaps = [cap for name in _SOFTCAPS if (cap := getattr(config, name, None))]
+        factors = [getattr(config, name, None) for name in _FACTORS]
+        divisor = float(getattr(config, "logits_scaling", None) or 1.0)  # Granite's
+        if config.model_type == "hyperclovax":
+            divisor = 1 / divisor
         return cls(
             weight,
             bias,
-            softcap=getattr(config, "final_logit_softcapping", None),
-            logit_scale=(1.0 if logit_scale is None else float(logit_scale)) / float(logits_scaling or 1.0),
+            softcap=softcaps[0] if softcaps else None,
+            logit_scale=math.prod(float(factor) for factor in factors if factor is not None) / divisor,
             group=parallel.tensor_parallel_group(weight),
         )
+
+
+# What configs call what their models do to logits: Gemma, RecurrentGemma and xLSTM; Cohere, Falcon-H1 and Muse.
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+_FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 
 
 def _effective_weight(layer: Any) -> tuple[Tensor, Tensor | None]:

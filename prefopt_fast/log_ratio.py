@@ -11,7 +11,7 @@ from .head import LMHead
 from .kernels.dispatch import resolve_backend
 from .parallel import is_sharded
 from .sequence_stats import require_tokens, segment_sum
-from .token_stats import token_logprobs, validate_inputs
+from .token_stats import product_dtype, product_weight, token_logprobs, validate_inputs
 
 
 class TokenLogRatio(NamedTuple):
@@ -49,15 +49,14 @@ def token_log_ratio(
     if whole and resolve_backend(backend, targets.device) == "triton":
         from .kernels.log_ratio import log_ratio
 
-        for hidden, head in pairs:
+        def operands(hidden: Tensor, head: LMHead) -> tuple[Tensor, Tensor, Tensor | None]:
             validate_inputs(hidden, head, targets, (), ignore_index)
+            hidden = hidden.to(product_dtype(hidden))
+            return hidden.reshape(-1, hidden.shape[-1]), product_weight(hidden, head), head.bias
+
         ratio = log_ratio(
-            aligned_hidden.reshape(-1, aligned_hidden.shape[-1]),
-            aligned_head.weight,
-            aligned_head.bias,
-            ref_hidden.reshape(-1, ref_hidden.shape[-1]),
-            ref_head.weight,
-            ref_head.bias,
+            *operands(aligned_hidden, aligned_head),
+            *operands(ref_hidden, ref_head),
             targets.reshape(-1),
             (aligned_head.transform, ref_head.transform),
             ignore_index,

@@ -67,8 +67,7 @@ def exo_pair(w: LogRatio, l: LogRatio, beta: float, label_smoothing: float = 1e-
     _require_in("label_smoothing", label_smoothing, 0.0, 1.0)
     margin = beta * (w.sum - l.sum)
     log_w, log_l = F.logsigmoid(margin), F.logsigmoid(-margin)
-    epsilon = margin.new_tensor(label_smoothing)
-    return log_w.exp() * (log_w - torch.log1p(-epsilon)) + log_l.exp() * (log_l - epsilon.log())
+    return log_w.exp() * (log_w - math.log1p(-label_smoothing)) + log_l.exp() * (log_l - math.log(label_smoothing))
 
 
 def nca_pair(w: LogRatio, l: LogRatio, beta: float) -> Tensor:  # noqa: E741
@@ -100,8 +99,8 @@ def apo_down(w: LogRatio, l: LogRatio, beta: float) -> Tensor:  # noqa: E741
 def discopop(w: LogRatio, l: LogRatio, beta: float, tau: float = 0.05) -> Tensor:  # noqa: E741
     """DiscoPOP's log-ratio modulated loss, arXiv 2406.08414 eq. 5."""
     margin = beta * (w.sum - l.sum)
-    blend = torch.sigmoid(margin / tau)
-    return (1 - blend) * -F.logsigmoid(margin) + blend * torch.exp(-margin)
+    blend = F.logsigmoid(margin / tau)  # a logarithm, since e^−margin may overflow where the blend vanishes
+    return -torch.expm1(blend) * -F.logsigmoid(margin) + torch.exp(blend - margin)
 
 
 def sigmoid_norm(w: LogRatio, l: LogRatio, beta: float, label_smoothing: float = 0.0) -> Tensor:  # noqa: E741

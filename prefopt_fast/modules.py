@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .head import LMHead
 from .objectives import Objective, pair_objective, wspo_objective
 from .sequence_stats import segment_sum
-from .token_stats import resolve_grad_tolerance, token_logprobs, validate_inputs
+from .token_stats import product_dtype, resolve_grad_tolerance, token_logprobs, validate_inputs
 
 GradTolerance = float | str | tuple[float, float]
 Output = tuple[Tensor, dict[str, Tensor]]
@@ -45,16 +45,17 @@ class _ResponseLoss(nn.Module):
         pairs = len(lengths) // len(self.objective.responses)
         if sample_weight is not None and sample_weight.shape != (pairs,):
             raise ValueError(f"sample_weight must be ({pairs},), one for each pair, found {tuple(sample_weight.shape)}")
+        rows = keep.flatten().nonzero().squeeze(-1)  # once: on an accelerator it is a synchronization
         stats = token_logprobs(
-            hidden[keep],
+            hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows),
             head,
-            targets[keep],
+            targets.flatten()[rows],
             stats=self.objective.stats,
             grad_tolerance=self.grad_tolerance,
             backend=self.backend,
-            seed=draw_seed(self.grad_tolerance, hidden.dtype),
+            seed=draw_seed(self.grad_tolerance, hidden),
         )
-        packed = {name: value[keep] if value.shape == keep.shape else value for name, value in frozen.items()}
+        packed = {name: value.flatten()[rows] if value.shape == keep.shape else value for name, value in frozen.items()}
         loss, metrics = self.objective.function(stats, nn.functional.pad(lengths.cumsum(0), (1, 0)), packed)
         if sample_weight is not None:
             loss = loss * sample_weight
@@ -209,8 +210,8 @@ class WSPOLoss(_ResponseLoss):
         return self._loss(hidden, head, targets, frozen, cu_seqlens, sample_weight)
 
 
-def draw_seed(grad_tolerance: GradTolerance, dtype: torch.dtype) -> int:
+def draw_seed(grad_tolerance: GradTolerance, hidden: Tensor) -> int:
     """A seed for token_logprobs from torch's generator, which an exact gradient leaves alone."""
-    if torch.is_grad_enabled() and any(resolve_grad_tolerance(grad_tolerance, dtype)):
+    if torch.is_grad_enabled() and any(resolve_grad_tolerance(grad_tolerance, product_dtype(hidden))):
         return int(torch.randint(2**31, ()))
     return 0

@@ -184,11 +184,7 @@ def _halves(stats: TokenStats, cu_seqlens: Tensor, frozen: Mapping[str, Tensor])
     ref = frozen.get("ref")
     if ref is not None and ref.shape != policy.sum.shape:
         ref = segment_sum(ref, cu_seqlens)
-    half = len(policy.sum) // 2
-    chosen, rejected = (
-        _Response(SequenceLogprobs(*(field[part] for field in policy)), None if ref is None else ref[part])
-        for part in (slice(half), slice(half, None))
-    )
+    chosen, rejected = map(_Response, policy.chunk(2), (None, None) if ref is None else ref.chunk(2))
     return chosen, rejected
 
 

@@ -20,6 +20,10 @@ class SequenceLogprobs(NamedTuple):
     mean: Tensor
     length: Tensor
 
+    def chunk(self, chunks: int) -> tuple[SequenceLogprobs, ...]:
+        """Every field's ``Tensor.chunk``: ``chosen, rejected = logprobs.chunk(2)``."""
+        return tuple(map(SequenceLogprobs, *(field.chunk(chunks) for field in self)))
+
 
 def sequence_logprobs(stats: TokenStats, cu_seqlens: Tensor | None = None) -> SequenceLogprobs:
     """Sum, mean and length of each sequence's log-probs.

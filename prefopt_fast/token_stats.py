@@ -96,8 +96,8 @@ def token_logprobs(
         targets: (…) integer token ids in [0, V), or ``ignore_index``.
         stats: extra statistics, any of ``prefopt_fast.STATS``.
         grad_tolerance: allowed relative error (Frobenius) of the gradients: 0.0 for exact ones; "auto" for the unit
-            roundoff of the hidden states' dtype (float32 and float64: exact); a number; or a pair
-            (of dhidden, of dweight).
+            roundoff of the hidden states' dtype, under autocast of its (float32 and float64: exact); a number; or a
+            pair (of dhidden, of dweight).
         backend: "auto", "torch", "triton" or "reference". What cannot run raises.
         ignore_index: targets with this value are not computed.
         seed: of the column sampling behind an inexact gradient; equal inputs and seed give equal bits.
@@ -109,17 +109,10 @@ def token_logprobs(
         RuntimeError, NotImplementedError: a backend that cannot run here.
     """
     validate_inputs(hidden, head, targets, stats, ignore_index)
+    hidden = hidden.to(product_dtype(hidden))
     tolerances = resolve_grad_tolerance(grad_tolerance, hidden.dtype)
-    autocast = torch.is_autocast_enabled(hidden.device.type)
-    if autocast:
-        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     head = parallel.localize(head, hidden.dtype)
-    weight = head.weight.to(hidden.dtype) if autocast else head.weight
-    if hidden.dtype != weight.dtype:
-        raise ValueError(
-            f"hidden and head.weight must have one dtype, found {hidden.dtype} and {weight.dtype}: cast one of them, "
-            "or run under torch.autocast"
-        )
+    weight = product_weight(hidden, head)
     operands = (hidden.reshape(-1, hidden.shape[-1]), weight, head.bias, targets.reshape(-1), head.transform)
     how = (tuple(stats), dispatch.Options(tolerances, ignore_index, seed), backend)
     if head.group is None:
@@ -130,6 +123,24 @@ def token_logprobs(
         outputs, report = vocab_parallel.linear_logprob(*operands, *how, head.group, head.vocab_start)
     shaped = {name: value.reshape(targets.shape) for name, value in outputs.items()}
     return TokenStats(mask=targets != ignore_index, grad_report=GradReport(*report) if report else None, **shaped)
+
+
+def product_dtype(hidden: Tensor) -> torch.dtype:
+    """Of the product with the head: the hidden states', or autocast's."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+def product_weight(hidden: Tensor, head: LMHead) -> Tensor:
+    """The weight in the dtype of ``hidden``, to which autocast casts it; raises ValueError where nothing does."""
+    if torch.is_autocast_enabled(hidden.device.type):
+        return head.weight.to(hidden.dtype)
+    if hidden.dtype != head.weight.dtype:
+        raise ValueError(
+            f"hidden and head.weight must have one dtype, found {hidden.dtype} and {head.weight.dtype}: cast one of "
+            "them, or run under torch.autocast"
+        )
+    return head.weight
 
 
 def resolve_grad_tolerance(

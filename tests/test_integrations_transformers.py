@@ -347,6 +347,30 @@ def test_reference_free_under_bf16(inputs: dict[str, str], pairs: datasets.Datas
     assert 1e-7 < abs(values[True] - values[False]) < 0.05
 
 
+@pytest.mark.parametrize("wspo", [False, True])
+def test_reference_scored_in_the_precision_of_training(inputs: dict[str, str], tmp_path: Path, wspo: bool) -> None:
+    """Before its first step a policy that is its own reference has no margin, under autocast too."""
+    encoded, _ = encode(load_preferences(inputs["dataset"]), load_tokenizer(inputs["model"]))
+    values = {}
+    for dtype in (None, torch.bfloat16):
+        model = load_model(inputs["model"])
+        if wspo:
+            rows = add_token_logps(encoded, model, "ref", dtype=dtype)
+            for name in ("weak_aligned", "weak_ref"):
+                rows = rows.add_column(f"{name}_chosen_logps", rows["ref_chosen_logps"])
+        else:
+            rows = add_ref_logps(encoded, model, dtype=dtype)
+        trainer = PreferenceTrainer(
+            model,
+            arguments(tmp_path, bf16=True),
+            train_dataset=rows,
+            eval_dataset=rows,
+            loss=pf.WSPOLoss() if wspo else pf.WPOLoss(),
+        )
+        values[dtype] = abs(trainer.evaluate()["eval_wspo/log_ratio" if wspo else "eval_rewards/chosen"])
+    assert values[torch.bfloat16] < 1e-6 < 1e-5 < values[None]
+
+
 def test_bad_options_are_named(inputs: dict[str, str], pairs: datasets.Dataset, tmp_path: Path) -> None:
     model = load_model(inputs["model"])
 

@@ -41,6 +41,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("gemma3_text", {"final_logit_softcapping": None}),
     "cohere": ("cohere", {"logit_scale": 0.25}),
     "granite": ("granite", {"logits_scaling": 4.0, "tie_word_embeddings": True}),
+    "hyperclovax": ("hyperclovax", {"logits_scaling": 4.0}),  # Granite's name, and a factor instead of a divisor
+    "recurrent_gemma": ("recurrent_gemma", {"logits_soft_cap": 3.0, "block_types": ["recurrent", "attention"]}),
+    "falcon_h1": ("falcon_h1", {"lm_head_multiplier": 0.25, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8}),
     "gpt2": ("gpt2", {"n_embd": HIDDEN, "n_layer": 2, "n_head": 2, "n_positions": 64}),
     "phi, with bias": ("phi", {"num_key_value_heads": 2, "tie_word_embeddings": False}),
 }
@@ -203,6 +206,21 @@ def test_low_precision_and_autocast_run_and_stay_near(dtype: torch.dtype) -> Non
     model = model.to(dtype)
     plain, ours = full_logprobs(model, batch), ResponseModel(model)(batch).stats.logprobs
     assert relative_error(ours, truth) < 2 * max(relative_error(plain, truth), torch.finfo(dtype).eps)
+
+
+def test_verification_under_autocast_leaves_no_weight_without_a_gradient() -> None:
+    """What autocast casts for the verification, without gradients, it keeps; torch before 2.11 kept it so."""
+    model, batch = make("llama tied").train(), make_batch()
+    runner = ResponseModel(model)
+
+    def step() -> dict[str, Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            logprobs = runner(batch).stats.logprobs
+        return gradients(logprobs, model)
+
+    first, second = step(), step()
+    assert first.keys() == second.keys() == dict(model.named_parameters()).keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_gradient_checkpointing_gives_the_same_gradient() -> None:

@@ -23,6 +23,14 @@ def test_sequence_logprobs_by_hand():
     assert total.tolist() == [-3.0, -3.0] and mean.tolist() == [-1.5, -3.0] and length.tolist() == [2, 1]
 
 
+def test_chunks_are_what_length_normalised_losses_take():
+    chosen, rejected = pf.sequence_logprobs(stats_by_hand()).chunk(2)
+    assert (chosen.sum, chosen.mean, chosen.length, rejected.mean) == (-3.0, -1.5, 2, -3.0)
+    ref = torch.tensor([-4.0]), torch.tensor([-5.0])
+    loss = pf.preference_loss(chosen, rejected, *ref, loss_type="ipo", beta=1.0)
+    assert loss.tolist() == [((-3 + 4) / 2 - (-3 + 5) / 1 - 0.5) ** 2]
+
+
 @pytest.mark.parametrize(("alignment", "shift"), [("sampled", 0.5), ("greedy", 0.25), ("none", 0.0)])
 def test_wpo_weights_by_hand(alignment, shift):
     weights = pf.wpo_weights(stats_by_hand(), alignment)

@@ -10,6 +10,7 @@ import torch
 from conftest import assert_as_good_as_plain, make_problem, plain_stats, relative_error
 
 import prefopt_fast as pf
+from prefopt_fast.modules import draw_seed
 
 
 def test_reference_agrees_with_the_textbook():
@@ -113,6 +114,44 @@ def test_autocast_casts_as_the_models_own_head_would():
     assert torch.equal(ours, by_hand)
     grad = torch.autograd.grad(ours.sum(), hidden)[0]
     assert grad.dtype == torch.float32
+
+
+def test_auto_tolerance_is_that_of_the_product():
+    """Under autocast hidden states in float32 meet the head in bfloat16, which decides."""
+    hidden, weight, targets = make_problem(40, 3000, 8)
+    hidden.requires_grad_()
+
+    def gradient(tolerance):
+        stats = pf.token_logprobs(hidden, pf.LMHead(weight), targets, grad_tolerance=tolerance)
+        return torch.autograd.grad(stats.logprobs.sum(), hidden)[0], stats.grad_report
+
+    assert gradient("auto")[1] is None and draw_seed("auto", hidden) == 0
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (ours, report), (expected, _) = gradient("auto"), gradient(2.0**-8)
+        assert draw_seed("auto", hidden) != 0
+    assert report is not None and torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [("torch", torch.float32), ("torch", torch.float64), ("triton", torch.float32)],
+    ids=["torch", "torch in float64", "triton"],
+)
+def test_masked_vocabulary_entries(backend, dtype, device):
+    """A bias of −inf leaves what there would be without those rows, also where it fills whole tiles."""
+    hidden, weight, targets = make_problem(20, 300, 32, dtype, device)
+    kept = torch.ones(300, dtype=torch.bool, device=device)
+    kept[[5, 77]] = kept[150:] = False
+    targets = kept.nonzero().squeeze(-1)[targets % int(kept.sum())]
+    bias = torch.zeros(300, dtype=dtype, device=device).masked_fill(~kept, -torch.inf)
+    stats = ("log_sum_sq_probs", "max_logprob", "entropy", "logsumexp")
+    hidden.requires_grad_()
+    found = pf.token_logprobs(hidden, pf.LMHead(weight, bias), targets, stats, backend=backend)
+    truth = pf.reference.token_logprobs(hidden, pf.LMHead(weight[kept]), kept.cumsum(0)[targets] - 1, stats)
+    for name in ("logprobs", *stats):
+        assert relative_error(getattr(found, name), getattr(truth, name)) < 1e-5, name
+    grads = (torch.autograd.grad(values.logprobs.sum(), hidden)[0] for values in (found, truth))
+    assert relative_error(*grads) < 1e-5
 
 
 def test_checkpointing_and_compile_of_the_surrounding_model():

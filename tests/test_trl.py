@@ -274,7 +274,12 @@ def test_wpo_trains_evaluates_and_takes_columns(inputs: dict[str, Any], tmp_path
     assert first["rewards/chosen"] == pytest.approx(0.1 * (first["logps/chosen"] + 1), rel=1e-5)
     margins = [line["eval_rewards/margins"] for line in logs if "eval_loss" in line]
     assert margins[1] > margins[0]
-    assert {"eval_rewards/margins", "eval_wpo/weight"} <= trainer.evaluate().keys()
+    found = trainer.evaluate()
+    assert {"eval_rewards/margins", "eval_wpo/weight"} <= found.keys()
+    new = trainer.evaluate({"new": rows})  # the reference is gone, but these rows need none
+    assert new["eval_new_loss"] == pytest.approx(found["eval_loss"], rel=ROUNDING)
+    with pytest.raises(ValueError, match="after training has started"):
+        trainer.evaluate(inputs["rows"])
     trainer.save_model()
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
@@ -337,6 +342,7 @@ def test_wspo_of_columns_of_other_tokens(inputs: dict[str, Any], tmp_path: Path)
     found, _ = run(trainer)
     assert found["wspo/target"] == pytest.approx(2.0, rel=ROUNDING)
     assert found["loss"] == pytest.approx(4.0, rel=ROUNDING)  # the policy is its own reference before the first step
+    assert trainer.evaluate(trainer.train_dataset)["eval_wspo/target"] == pytest.approx(2.0, rel=ROUNDING)
     with pytest.raises(ValueError, match=r"weak_aligned_chosen_logps must hold .* found \(2,\)"):
         WSPOTrainer(inputs["model"], args=WSPOConfig(**args), train_dataset=rows).train()
 
@@ -366,6 +372,8 @@ def test_wspo_trains_adapters_and_evaluates(inputs: dict[str, Any], tmp_path: Pa
         (WPOConfig, {"loss_type": "aot"}, "loss_type must be one of"),
         (WPOConfig, {"loss_type": "simpo"}, "simpo has no reference"),
         (WPOConfig, {"loss_type": "exo_pair"}, "label_smoothing must be in"),
+        (WPOConfig, {"loss_type": "hinge", "label_smoothing": 0.1}, "hinge makes no use of label_smoothing=0.1"),
+        (WPOConfig, {"loss_type": ["ipo", "robust"], "discopop_tau": 0.1}, "ipo, robust makes no use of discopop_tau"),
         (WPOConfig, {"alignment": "best"}, "alignment must be one of"),
         (WPOConfig, {"grad_tolerance": 2.0}, "grad_tolerance must be"),
         (WPOConfig, {"backend": "cuda"}, "backend must be one of"),
@@ -373,12 +381,42 @@ def test_wspo_trains_adapters_and_evaluates(inputs: dict[str, Any], tmp_path: Pa
         (WSPOConfig, {"gamma": 0.0}, "gamma must be positive"),
         (WSPOConfig, {"precompute_ref_log_probs": False}, "precompute_ref_log_probs"),
         (WSPOConfig, {"loss_type": "hinge"}, "loss_type"),
+        (WSPOConfig, {"discopop_tau": 0.1}, "discopop_tau"),
         (WSPOConfig, {"ref_logprobs": "store", "truncation_mode": "keep_end"}, "keep_start"),
     ],
 )
 def test_contradictory_options(config: Any, more: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         config(**options(tmp_path, **more))
+
+
+def test_hyperparameters_go_to_the_members_that_take_them(tmp_path: Path) -> None:
+    options_of_loss = WPOConfig(
+        **options(tmp_path, loss_type=["hinge", "discopop", "robust"], discopop_tau=0.2, label_smoothing=0.1)
+    ).loss_options
+    assert (options_of_loss["tau"], options_of_loss["label_smoothing"]) == (0.2, 0.1)
+
+
+@pytest.mark.parametrize(("trainer", "config"), [(WPOTrainer, WPOConfig), (WSPOTrainer, WSPOConfig)])
+def test_a_model_split_over_devices(
+    trainer: Any, config: Any, inputs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused before anything is scored, also where the trainer loads it."""
+
+    def split(path: str, **_: Any) -> Any:
+        model = load_model(path)
+        model.hf_device_map = {"model": 0, "lm_head": 1}
+        return model
+
+    monkeypatch.setattr(trl.trainer.dpo_trainer, "create_model_from_path", split)
+    monkeypatch.setattr(trl.DPOTrainer, "compute_ref_log_probs", None)
+    args = config(**options(tmp_path, precompute_ref_log_probs=True))
+    given: dict[str, Any] = {"train_dataset": inputs["rows"], **(weak_models(inputs) if config is WSPOConfig else {})}
+    with pytest.raises(ValueError, match=r"^model must be on one device, found it split over 0, 1: "):
+        trainer(inputs["model"], args=args, **given)
+    if config is WSPOConfig:
+        with pytest.raises(ValueError, match="weak_ref_model must be on one device"):
+            trainer(inputs["model"], args=args, **given | {"weak_ref_model": split(inputs["weak"])})
 
 
 def test_bad_arguments(inputs: dict[str, Any], tmp_path: Path) -> None:
@@ -428,7 +466,7 @@ def test_other_versions_and_none(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ImportError, match=r">=1.16,<1.17, found 1.17.0"):
         importlib.reload(integration)
     monkeypatch.setitem(sys.modules, "trl", None)
-    with pytest.raises(ImportError, match=r"needs TRL 1.16: pip install 'prefopt_fast\[trl\]'"):
+    with pytest.raises(ImportError, match=r"needs TRL 1.16 .*pip install .* -e '.\[trl\]'"):
         importlib.reload(integration)
 
 

@@ -39,7 +39,7 @@ class _FusedLinearLoss(nn.Module):
     def _sequences(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> SequenceLogprobs:
         if target.dim() != 2:
             raise ValueError(f"target must be (sequences, T), found {tuple(target.shape)}")
-        seed = draw_seed("auto", hidden.dtype)
+        seed = draw_seed("auto", hidden)
         head = LMHead(weight, bias)
         return sequence_logprobs(token_logprobs(hidden, head, target, ignore_index=self.ignore_index, seed=seed))
 
@@ -95,8 +95,7 @@ class _FusedLinearPreferenceLoss(_FusedLinearLoss):
         if len(target) % 2:
             raise ValueError(f"target must hold the chosen and then as many rejected sequences, found {len(target)}")
         pairs = len(target) // 2
-        sequences = self._sequences(hidden, weight, bias, target)
-        chosen, rejected = (SequenceLogprobs(*(field[part] for field in sequences)) for part in _halves(pairs))
+        chosen, rejected = self._sequences(hidden, weight, bias, target).chunk(2)
         logps = torch.stack([self._logps(chosen), self._logps(rejected)])
         ref_logps = None if reference_free([self.loss_type]) else self._ref_logps(*ref, target).view(2, pairs)
         # SimPO and ORPO want the lengths too; the others take means for sums where average_log_prob says so.
@@ -111,7 +110,7 @@ class _FusedLinearPreferenceLoss(_FusedLinearLoss):
             nll = -scored.sum.sum() / scored.length.sum()
             loss = loss + self.alpha * nll
         count = pairs * target.shape[1] * len(weight)
-        logits_mean = [_sum_logits(hidden[part], weight, bias) / count for part in _halves(pairs)]
+        logits_mean = [_sum_logits(part, weight, bias) / count for part in hidden.chunk(2)]
         aux = (*logps, *logits_mean, nll, *(self.beta * (logps if ref_logps is None else logps - ref_logps)))
         return loss, tuple(value.detach() for value in aux)
 
@@ -287,10 +286,6 @@ class LigerFusedLinearKTOLoss(_FusedLinearLoss):
         logits = [_sum_logits(_input[part], lin_weight, bias) for part in parts]
         aux = (*(logps[part].sum() for part in parts), *logits, *(rewards[part].sum() for part in parts))
         return loss, tuple(value.detach() for value in aux)
-
-
-def _halves(pairs: int) -> tuple[slice, slice]:
-    return slice(pairs), slice(pairs, None)
 
 
 def _sum_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

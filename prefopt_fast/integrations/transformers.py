@@ -18,7 +18,8 @@ try:
     from accelerate.utils import gather_object
 except ImportError as error:
     raise ImportError(
-        "prefopt_fast.integrations.transformers needs transformers and accelerate: pip install 'prefopt_fast[train]'"
+        "prefopt_fast.integrations.transformers needs transformers and accelerate: in prefopt_fast's checkout, "
+        "pip install -c constraints.txt -e '.[train]'"
     ) from error
 
 import datasets
@@ -64,13 +65,14 @@ def fused_causal_lm_loss(
         grad_tolerance=grad_tolerance,
         backend=backend,
         ignore_index=ignore_index,
-        seed=draw_seed(grad_tolerance, hidden.dtype),
+        seed=draw_seed(grad_tolerance, hidden),
     )
     return -stats.logprobs.sum() / (stats.mask.sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 class FusedCausalLMLoss(contextlib.AbstractContextManager):
-    """A Trainer's ``compute_loss_func`` with the loss the Trainer has without one, computed without logits.
+    """A Trainer's ``compute_loss_func`` with the loss the Trainer has without one, computed without logits; label
+    smoothing, which a Trainer leaves to a ``compute_loss_func`` where it has one, excepted.
 
     While it is entered, ``model`` computes logits of each sequence's last position alone, and its hidden states are
     kept until the loss has them.
@@ -170,7 +172,11 @@ def _by_token(values: list[list[float]], batch: ResponseBatch, name: str) -> Ten
 
 
 def add_ref_logps(
-    encoded: datasets.Dataset, model: nn.Module, batch_size: int = 8, pad_token_id: int = 0
+    encoded: datasets.Dataset,
+    model: nn.Module,
+    batch_size: int = 8,
+    pad_token_id: int = 0,
+    dtype: torch.dtype | None = None,
 ) -> datasets.Dataset:
     """``encoded`` with the summed log-probs of both responses under ``model``, the reference: TRL's columns
     ``ref_chosen_logps`` and ``ref_rejected_logps``.
@@ -179,11 +185,13 @@ def add_ref_logps(
         encoded: rows of :func:`prefopt_fast.batch.encode`.
         model: a causal LM, such as the one to be trained, before it is. It runs on its own device, in evaluation mode.
         batch_size: pairs per forward pass.
+        dtype: of autocast, None for none: torch.bfloat16 for ``TrainingArguments(bf16=True)``, so that policy and
+            reference round alike.
 
     Raises:
         ValueError: as :class:`prefopt_fast.policy.ResponseModel`.
     """
-    scored = _score(encoded, model, RESPONSES, batch_size, pad_token_id)
+    scored = _score(encoded, model, RESPONSES, batch_size, pad_token_id, dtype)
     sums = [sequence_logprobs(stats, cu_seqlens).sum.view(2, -1).cpu() for stats, cu_seqlens in scored]
     for name, column in zip(RESPONSES, torch.cat(sums, 1).tolist(), strict=True):
         encoded = encoded.add_column(f"ref_{name}_logps", column)
@@ -191,7 +199,12 @@ def add_ref_logps(
 
 
 def add_token_logps(
-    encoded: datasets.Dataset, model: nn.Module, name: str, batch_size: int = 8, pad_token_id: int = 0
+    encoded: datasets.Dataset,
+    model: nn.Module,
+    name: str,
+    batch_size: int = 8,
+    pad_token_id: int = 0,
+    dtype: torch.dtype | None = None,
 ) -> datasets.Dataset:
     """``encoded`` with the log-probs of each chosen response's tokens under ``model``, one of WSPO's frozen models:
     the column ``{name}_chosen_logps``, as :class:`prefopt_fast.integrations.trl.WSPOTrainer` knows it too.
@@ -207,21 +220,28 @@ def add_token_logps(
     if name not in FROZEN_MODELS:
         raise ValueError(f"name must be one of {', '.join(FROZEN_MODELS)}; found {name!r}")
     rows: list[list[float]] = []
-    for stats, cu_seqlens in _score(encoded, model, RESPONSES[:1], batch_size, pad_token_id):
+    for stats, cu_seqlens in _score(encoded, model, RESPONSES[:1], batch_size, pad_token_id, dtype):
         rows += [part.tolist() for part in stats.logprobs.cpu().split(cu_seqlens.diff().tolist())]
     return encoded.add_column(f"{name}_chosen_logps", rows, feature=datasets.List(datasets.Value("float32")))
 
 
 @torch.no_grad()
 def _score(
-    encoded: datasets.Dataset, model: nn.Module, responses: tuple[str, ...], batch_size: int, pad_token_id: int
+    encoded: datasets.Dataset,
+    model: nn.Module,
+    responses: tuple[str, ...],
+    batch_size: int,
+    pad_token_id: int,
+    dtype: torch.dtype | None,
 ) -> Iterator[tuple[TokenStats, Tensor]]:
     """Statistics and cu_seqlens of each batch."""
     training, device = model.training, next(model.parameters()).device
     runner = ResponseModel(model).eval()
     for start in tqdm(range(0, len(encoded), batch_size), desc="scoring", unit="batch", disable=None):
         rows = [encoded[i] for i in range(start, min(start + batch_size, len(encoded)))]
-        yield runner(collate(rows, responses, pad_token_id).to(device))
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            stats, cu_seqlens = runner(collate(rows, responses, pad_token_id).to(device))
+        yield stats, cu_seqlens
     model.train(training)
 
 

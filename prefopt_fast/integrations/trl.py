@@ -18,11 +18,14 @@ from torch import Tensor
 try:
     import trl
 except ImportError as error:
-    raise ImportError("prefopt_fast.integrations.trl needs TRL 1.16: pip install 'prefopt_fast[trl]'") from error
+    raise ImportError(
+        "prefopt_fast.integrations.trl needs TRL 1.16 (Python 3.11+): in prefopt_fast's checkout, "
+        "pip install -c constraints.txt -e '.[trl]'"
+    ) from error
 if Version(trl.__version__).release[:2] != (1, 16):
     raise ImportError(
-        f"prefopt_fast.integrations.trl knows TRL >=1.16,<1.17, found {trl.__version__}: "
-        "pip install 'prefopt_fast[trl]'"
+        f"prefopt_fast.integrations.trl knows TRL >=1.16,<1.17, found {trl.__version__}: in prefopt_fast's checkout, "
+        "pip install -c constraints.txt -e '.[trl]'"
     )
 
 import datasets
@@ -208,7 +211,8 @@ class WPOConfig(_Config):
     """DPOConfig for :class:`WPOTrainer`.
 
     ``loss_type`` is any of ``prefopt_fast.PAIRWISE_LOSSES``, or a list of them with ``loss_weights`` of which one at
-    least has a reference; ``label_smoothing`` and ``discopop_tau`` go to the losses that take them.
+    least has a reference; ``label_smoothing`` and ``discopop_tau`` go to the losses that take them, and raise where
+    none does.
 
     Args:
         alignment: what makes a token on-policy: "sampled", "greedy" or "none".
@@ -222,6 +226,12 @@ class WPOConfig(_Config):
     alignment: str = field(default="sampled", metadata={"help": "What makes a token on-policy: sampled, greedy, none."})
     clamp: bool = field(default=True, metadata={"help": "Limit a pair's weight to 1."})
 
+    # Options of DPOConfig that are hyperparameters: the name that a loss has for each, and the value that leaves it be.
+    _hyperparameters: ClassVar[dict[str, tuple[str, float]]] = {
+        "label_smoothing": ("label_smoothing", 0.0),
+        "discopop_tau": ("tau", 0.05),
+    }
+
     def __post_init__(self) -> None:
         super().__post_init__()
         alignment_stat(self.alignment)
@@ -229,6 +239,12 @@ class WPOConfig(_Config):
             raise ValueError(
                 f"loss_type {', '.join(self.loss_type)} has no reference, which DPOTrainer always computes"
             )
+        accepted = hyperparameter_names(self.loss_mixture)
+        for option, (name, default) in self._hyperparameters.items():
+            if name not in accepted and (found := getattr(self, option)) != default:
+                raise ValueError(
+                    f"loss_type {', '.join(self.loss_type)} makes no use of {option}={found!r}: leave it at {default!r}"
+                )
         one = torch.ones(1)
         policy = SequenceLogprobs(-one, -one, one)
         # What a loss has to say against its hyperparameters comes before any work.
@@ -241,8 +257,8 @@ class WPOConfig(_Config):
     @property
     def loss_options(self) -> dict[str, Any]:
         """Those of :func:`prefopt_fast.wpo_loss`."""
-        given = {"label_smoothing": self.label_smoothing, "tau": self.discopop_tau}
         accepted = hyperparameter_names(self.loss_mixture)
+        given = {name: getattr(self, option) for option, (name, _) in self._hyperparameters.items()}
         hyperparameters = {name: value for name, value in given.items() if name in accepted}
         return {"loss_type": self.loss_mixture, "beta": self.beta, "clamp": self.clamp, **hyperparameters}
 
@@ -274,6 +290,7 @@ class WSPOConfig(_Config):
         "loss_type": ["sigmoid"],
         "loss_weights": None,
         "label_smoothing": 0.0,
+        "discopop_tau": 0.05,
         "beta": 0.1,
     }
 
@@ -302,6 +319,7 @@ class _Trainer(DPOTrainer):
     _frozen_inputs: ClassVar[tuple[str, ...]]  # what a batch says of frozen models
     args: Any
     model: Any
+    processing_class: Any
     _signature_columns: Any
 
     def __init__(self, model: Any, ref_model: Any = None, args: _Config | None = None, **kwargs: Any):
@@ -310,6 +328,7 @@ class _Trainer(DPOTrainer):
         if self._is_vision_dataset or self.aux_loss_enabled:
             found = "images in the dataset" if self._is_vision_dataset else "a router loss (router_aux_loss_coef)"
             raise ValueError(f"{type(self).__name__} trains on text and without a router loss; found {found}")
+        _require_one_device(model=self.model, ref_model=self.ref_model)
         verify_head(self.model, check_tokens(self.model))
         sides = len(self._responses)
         _add_fast_head(self.model, ("entropy", "mean_logit", "is_top1", *self._loss_stats()), args, sides)
@@ -324,6 +343,19 @@ class _Trainer(DPOTrainer):
         if not isinstance(args, cls._config):
             raise TypeError(f"args must be a {cls._config.__name__}, found {type(args).__name__}")
         return args
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """DPOTrainer's, and after training too for new data that have the frozen models' log-probs: DPOTrainer refuses
+        all, since it could not score them."""
+        splits = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
+        columns = [set(getattr(split, "column_names", None) or ()) for split in splits]
+        if not self.precompute_ref_logps or not all(set(self._frozen_inputs) <= found for found in columns):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if not isinstance(eval_dataset, dict):  # Trainer's has each of a dictionary's evaluated by this method
+            eval_dataset = self._prepare_dataset(eval_dataset, self.processing_class, self.args, "eval")
+        return super(DPOTrainer, self).evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def _loss_stats(self) -> tuple[str, ...]:
         """Token statistics that the loss needs beside the log-probs."""
@@ -440,6 +472,7 @@ class WPOTrainer(_Trainer):
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         if set(self._frozen_inputs) <= set(dataset.column_names or ()):
             return dataset
+        _require_one_device(model=self.model, ref_model=self.ref_model)
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def _loss(self, stats: TokenStats, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -448,8 +481,7 @@ class WPOTrainer(_Trainer):
             ref_chosen, ref_rejected = (inputs[name] for name in self._frozen_inputs)
         else:
             ref_chosen, ref_rejected = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
-        policy = sequence_logprobs(stats)
-        chosen, rejected = (SequenceLogprobs(*half) for half in zip(*(x.chunk(2) for x in policy), strict=True))
+        chosen, rejected = sequence_logprobs(stats).chunk(2)
         chosen_weight, rejected_weight = wpo_weights(stats, args.alignment).chunk(2)
         loss = wpo_loss(chosen, rejected, ref_chosen, ref_rejected, chosen_weight, rejected_weight, **args.loss_options)
         chosen_reward = args.beta * (chosen.sum.detach() - ref_chosen)
@@ -543,6 +575,7 @@ class WSPOTrainer(_Trainer):
         self._weak_models = {"weak_aligned": weak_aligned_model, "weak_ref": weak_ref_model}
         for name, source in {"ref": ref_model, **self._weak_models}.items():
             store = getattr(args, f"{name}_logprobs")
+            _require_one_device(**{f"{name}_model": source})
             if source is not None and store:
                 raise ValueError(f"give {name}_model or {name}_logprobs, not both: the store stands for a model")
             if name != "ref" and source is None and not store and f"{name}_chosen_logps" not in columns:
@@ -580,6 +613,7 @@ class WSPOTrainer(_Trainer):
         stores = {frozen: path for frozen in missing if (path := getattr(self.args, f"{frozen}_logprobs"))}
         if stores and name != "train":
             raise ValueError(f"{', '.join(stores)}_logprobs hold the training data alone: the {name} data needs models")
+        _require_one_device(model=self.model, ref_model=self.ref_model)
         for frozen in set(missing) - set(stores) - {"ref"}:
             self._require_vocabulary(frozen)
         for frozen in missing:
@@ -660,6 +694,18 @@ class WSPOTrainer(_Trainer):
             "wspo/log_ratio": gamma * (stats.logprobs.detach() - ref).sum(-1) / length,
             "wspo/target": (weak_aligned - weak_ref).sum(-1) / length,
         }
+
+
+def _require_one_device(**models: Any) -> None:
+    """Raise ValueError for a model that ``device_map`` split: its hidden states end on another device than its head."""
+    for name, model in models.items():
+        devices = {str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()}
+        if len(devices) > 1:
+            raise ValueError(
+                f"{name} must be on one device, found it split over {', '.join(sorted(devices))}: use accelerate "
+                "launch or torchrun, or one visible GPU (CUDA_VISIBLE_DEVICES) with "
+                'model_init_kwargs={"device_map": None}'
+            )
 
 
 def _check_compute_options(grad_tolerance: Tolerance, backend: str) -> None:
