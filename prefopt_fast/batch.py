@@ -46,6 +46,7 @@ def load_preferences(source: str, split: str | None = None) -> datasets.Dataset:
         source: a .json, .jsonl or .parquet file; a folder written by ``datasets.save_to_disk``; a folder of such files;
             or a hub id, "name" or "name:config".
         split: as ``datasets.load_dataset`` takes it ("test", "train[:100]"); None for "train" or the only one there is.
+            A file, or a dataset saved without splits, is "train".
 
     Raises:
         FileNotFoundError: a local path that does not exist.
@@ -57,7 +58,8 @@ def load_preferences(source: str, split: str | None = None) -> datasets.Dataset:
             raise ValueError(f"{source}: a preference file must end in {', '.join(_FILE_BUILDERS)}")
         dataset = datasets.load_dataset(_FILE_BUILDERS[path.suffix], data_files=str(path), split=split or "train")
     elif path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
-        dataset = datasets.load_from_disk(str(path))
+        saved = datasets.load_from_disk(str(path))
+        dataset = saved if isinstance(saved, datasets.DatasetDict) else datasets.DatasetDict(train=saved)
     elif path.is_dir():
         dataset = datasets.load_dataset(str(path), split=split)
     else:
@@ -65,12 +67,18 @@ def load_preferences(source: str, split: str | None = None) -> datasets.Dataset:
         dataset = datasets.load_dataset(hub_id["name"], hub_id["config"], split=split)
     if isinstance(dataset, datasets.DatasetDict):
         name = split or ("train" if "train" in dataset or len(dataset) != 1 else next(iter(dataset)))
-        if name not in dataset:
-            raise ValueError(f"{source} has the splits {', '.join(dataset)}, not {name!r}")
-        dataset = dataset[name]
+        dataset = dataset[name] if name in dataset else _slices(dataset, name, source)
     if len(dataset) == 0:
         raise ValueError(f"{source} has no rows")
     return dataset
+
+
+def _slices(splits: datasets.DatasetDict, slices: str, source: str) -> datasets.Dataset:
+    try:
+        parts = datasets.ReadInstruction.from_spec(slices).to_absolute({name: len(splits[name]) for name in splits})
+    except ValueError as error:
+        raise ValueError(f"{source} has the splits {', '.join(splits)}, not {slices!r} ({error})") from error
+    return datasets.concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in parts])
 
 
 def hub_name(source: str) -> Mapping[str, str | None]:

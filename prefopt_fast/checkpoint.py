@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 RUN_FILE = "run.json"
+METRICS_FILE = "metrics.jsonl"
+LOGPROBS = "logprobs"  # folder of the frozen models' stores
 TEMPORARY = ".partial"  # suffix of what is being written, and of what is being removed
 _PREFIX = "checkpoint-"
 
@@ -65,6 +67,8 @@ def prune(output_dir: Path, limit: int | None) -> None:
 def compare(output_dir: Path, identity: Mapping[str, Any]) -> bool:
     """Whether ``output_dir`` holds the finished run that ``identity`` describes; entries it lacks are not compared.
 
+    A run that has left neither metrics nor a checkpoint may become another: stores it has scored fit what they fit.
+
     Raises:
         ValueError: the folder holds another run, or something else; names what differs.
     """
@@ -81,21 +85,30 @@ def compare(output_dir: Path, identity: Mapping[str, Any]) -> bool:
         return False
     run = json.loads(run_file.read_text())
     there, here = run["identity"], json.loads(json.dumps(identity))
-    if different := [name for name in sorted({*there} & {*here}) if there[name] != here[name]]:
+    different = [name for name in sorted({*there} & {*here}) if there[name] != here[name]]
+    if different and (run["finished"] or _has_trained(output_dir)):
         lines = [f"  {name}: {there[name]!r} there, {here[name]!r} now" for name in different]
+        stores = output_dir / LOGPROBS
+        again = f" (with logprobs_dir {stores} to use what was scored for this one)" if stores.is_dir() else ""
         raise ValueError(
             f"{output_dir} holds another run, which differs in\n" + "\n".join(lines) + "\n"
-            "choose another output_dir, or remove that folder"
+            f"choose another output_dir{again}, or remove that folder"
         )
     return run["finished"]
+
+
+def _has_trained(output_dir: Path) -> bool:
+    metrics = output_dir / METRICS_FILE
+    return bool(checkpoints(output_dir)) or (metrics.exists() and metrics.stat().st_size > 0)
 
 
 def claim(output_dir: Path, identity: Mapping[str, Any]) -> bool:
     """Take ``output_dir`` for the run that ``identity`` describes; returns and raises what :func:`compare` does."""
     finished = compare(output_dir, identity)
-    if not (output_dir / RUN_FILE).exists():
+    file, run = output_dir / RUN_FILE, {"identity": json.loads(json.dumps(identity)), "finished": False}
+    if not file.exists() or not (finished or _has_trained(output_dir) or json.loads(file.read_text()) == run):
         output_dir.mkdir(parents=True, exist_ok=True)
-        write_json(output_dir / RUN_FILE, {"identity": identity, "finished": False})
+        write_json(file, run)
     return finished
 
 

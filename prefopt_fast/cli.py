@@ -25,6 +25,14 @@ commands:
 prefopt-fast COMMAND --help shows a command's options; --version the version.
 """
 
+# pyproject.toml's, by the modules that a command may lack.
+_EXTRAS = {
+    "train": ("transformers", "accelerate", "datasets", "peft", "safetensors", "numpy", "yaml", "tqdm", "matplotlib"),
+    "tensorboard": ("tensorboard",),
+    "triton": ("triton",),
+    "flash": ("flash_attn",),
+}
+
 Config = TypeVar("Config")
 
 
@@ -48,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\n{str(interrupt) or 'stopped; the same command goes on from what is done'}", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
-        return _fail(f"{error.name} is not installed: pip install 'prefopt_fast[train]'", 1)
+        extra = next((name for name, modules in _EXTRAS.items() if (error.name or "").split(".")[0] in modules), None)
+        how = "" if extra is None else f": pip install 'prefopt_fast[{extra}]'"
+        return _fail(f"{error.name or error} is not installed{how}", 1)
     except Exception as error:
         if not _raised_here(error):
             raise
@@ -97,10 +107,12 @@ def score(arguments: Sequence[str]) -> int:
     print(f"{config.dataset}: {report}")
     key = StoreKey.of(config.model, tokenizer, encoded, config.max_length, config.truncation_side)
     model = load_model(config.model, config.dtype, config.trust_remote_code, config.attn_implementation)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    store = write_store(
-        model.to(device), encoded, key, config.out, config.batch_size, tokenizer.pad_token_id, config.backend
-    )
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision)
+    with torch.autocast(device.type, dtype, enabled=dtype is not None):
+        store = write_store(
+            model.to(device), encoded, key, config.out, config.batch_size, tokenizer.pad_token_id, config.backend
+        )
     print(f"{len(store.rows)} rows in {config.out}")
     return 0
 

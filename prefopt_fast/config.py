@@ -1,12 +1,14 @@
 """What a run can be told, as dataclasses: ``prefopt-fast`` fills them from flags and YAML, Python by keyword.
 
-Names are TRL's and transformers' where the meaning is the same. Nothing heavy is imported here.
+Names are TRL's and transformers' where the meaning is the same. Nothing heavier than torch is imported here.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
+
+import torch
 
 from .losses import PAIRWISE_LOSSES, hyperparameter_names, loss_mixture, reference_free
 from .sequence_stats import ALIGNMENTS, alignment_stat
@@ -69,11 +71,28 @@ class DataOptions:
 
 @dataclass(kw_only=True)
 class ComputeOptions:
-    """How token statistics are computed."""
+    """How models are computed."""
 
-    _argument_group_name = "kernels"
+    _argument_group_name = "computation"
 
     backend: Literal["auto", "torch", "triton", "reference"] = _option("Implementation of the LM head.", "auto")
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "bf16 autocast (default: on GPUs that have it).", "nargs": "?", "const": True},
+    )
+    fp16: bool = _option("fp16 autocast; in training with loss scaling.", False)
+
+    def __post_init__(self) -> None:
+        if self.bf16 and self.fp16:
+            raise ValueError("give bf16 or fp16, not both")
+
+    @property
+    def mixed_precision(self) -> Literal["no", "bf16", "fp16"]:
+        """Autocast's dtype, by the name that accelerate has for it."""
+        if self.fp16:
+            return "fp16"
+        on = torch.cuda.is_available() and torch.cuda.is_bf16_supported() if self.bf16 is None else self.bf16
+        return "bf16" if on else "no"
 
 
 @dataclass(kw_only=True)
@@ -162,15 +181,11 @@ class TrainingOptions:
     adam_beta2: float = _option("AdamW's β₂.", 0.999)
     adam_epsilon: float = _option("AdamW's ε.", 1e-8)
     max_grad_norm: float = _option("Gradients are clipped to this norm; 0 turns that off.", 1.0)
-    bf16: bool | None = field(
-        default=None,
-        metadata={"help": "bf16 autocast (default: on GPUs that have it).", "nargs": "?", "const": True},
-    )
-    fp16: bool = _option("fp16 autocast with loss scaling.", False)
     gradient_checkpointing: bool = _option("Recompute activations in the backward pass.", False)
     disable_dropout: bool = _option("Turn the model's own dropout off.", True)
     seed: int = _option("Of data order, dropout and adapter initialization.", 42)
     eval_dataset: str | None = _option("Held-out pairs.")
+    eval_split: str | None = _option("Split of eval_dataset where it has several (default: train).")
     test_split_size: float | None = _option("Share of the dataset to hold out for evaluation, in (0, 1).")
     eval_steps: int | None = _option("Steps between evaluations (default: at the end alone).")
     logging_steps: int = _option("Steps between lines of metrics.jsonl.", 1)
@@ -188,6 +203,7 @@ class TrainConfig(ModelOptions, DataOptions, ObjectiveOptions, LoraOptions, Comp
     """
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._check_objective()
         self._check_frozen()
         self._check_ranges()
@@ -257,10 +273,11 @@ class TrainConfig(ModelOptions, DataOptions, ObjectiveOptions, LoraOptions, Comp
             raise ValueError("give eval_dataset or test_split_size, not both")
         if self.eval_steps is not None and self.test_split_size is None and not self.eval_dataset:
             raise ValueError("eval_steps needs eval_dataset or test_split_size")
-        if self.bf16 and self.fp16:
-            raise ValueError("give bf16 or fp16, not both")
-        if self.merge_adapter and not self.use_peft:
-            raise ValueError("merge_adapter needs use_peft")
+        if self.eval_split and not self.eval_dataset:
+            raise ValueError("eval_split needs eval_dataset")
+        changed = [option.name for option in fields(LoraOptions) if getattr(self, option.name) != option.default]
+        if changed and not self.use_peft:
+            raise ValueError(f"{', '.join(changed)} needs use_peft")
         self.head_tolerance  # noqa: B018 - raises where it is no tolerance
 
     @property

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .batch import ResponseBatch
+from .checkpoint import LOGPROBS
 from .config import TrainConfig
 from .policy import load_model
 from .scoring import LogprobStore, StoreKey, data_digest, model_digest, require_key, score
@@ -76,8 +77,12 @@ class FrozenLogprobs:
         return torch.cat(values)
 
 
-def stored(store: LogprobStore, key: StoreKey, name: str) -> FrozenLogprobs:
+def stored(
+    store: LogprobStore, key: StoreKey, name: str, dtype: str = "auto", say: Callable[[str], None] = print
+) -> FrozenLogprobs:
     """The store that the user gave for the frozen model ``name``; ``key`` is what it must have, but for its model.
+
+    Another ``dtype`` than the one that this run computes in is said and taken ("auto": any).
 
     Raises:
         ValueError: a store that does not fit, saying in what.
@@ -88,6 +93,8 @@ def stored(store: LogprobStore, key: StoreKey, name: str) -> FrozenLogprobs:
             "of the store, with level sequence or segment"
         )
     require_key(store.path, asdict(store.key), replace(key, model=store.key.model))
+    if dtype not in ("auto", found := store.settings["dtype"]):
+        say(f"note: {name}_logprobs {store.path} was computed in {found}, and this run computes in {dtype}")
     return FrozenLogprobs([store])
 
 
@@ -105,7 +112,7 @@ def scored(
     The model is freed before this returns. ``key`` is that of the policy's model on some data: its tokenizer and
     truncation hold here too.
     """
-    directory = Path(config.logprobs_dir or Path(config.output_dir) / "logprobs")
+    directory = Path(config.logprobs_dir or Path(config.output_dir) / LOGPROBS)
     shares, world = [], accelerator.num_processes
     for process in range(min(world, len(encoded))):
         share = encoded.select(range(process, len(encoded), world))

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import TEMPORARY, publish
+from .checkpoint import METRICS_FILE, TEMPORARY, publish
 
-METRICS_FILE = "metrics.jsonl"
 EVAL = "eval_"
 
 

@@ -7,8 +7,10 @@ a run that was killed and started again computes what a run that was never kille
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import math
 import signal
@@ -35,6 +37,7 @@ from .objectives import Objective, make_objective
 from .policy import ResponseModel, is_adapter, load_model, load_tokenizer
 from .scoring import LogprobStore, StoreKey, data_digest, model_digest
 
+MERGED = "merged"  # folder of the model that merge_adapter wants
 # Options that change where things lie or what is kept, not what is computed. Models and data count by their digests.
 _NOT_IDENTITY = {
     *(
@@ -46,7 +49,7 @@ _NOT_IDENTITY = {
         "merge_adapter",
         "trust_remote_code",
     ),
-    *("model", "dataset", "dataset_split", "eval_dataset"),
+    *("model", "dataset", "dataset_split", "eval_dataset", "eval_split"),
     *(f"{name}_{kind}" for name in FROZEN_MODELS for kind in ("model", "logprobs")),
 }
 
@@ -57,14 +60,15 @@ class Interrupted(KeyboardInterrupt):
 
 class Pairs(NamedTuple):
     """Encoded rows; where the weak models' tokenizer is another, the same rows in their tokens; at segment level, the
-    segments that both share."""
+    segments that both share. all_encoded: with the rows that these two lack, which a store has."""
 
+    all_encoded: datasets.Dataset
     encoded: datasets.Dataset
     weak: datasets.Dataset | None = None
     segments: datasets.Dataset | None = None
 
     def select(self, positions: list[int]) -> Pairs:
-        return Pairs(*(rows and rows.select(positions) for rows in self))
+        return Pairs(self.all_encoded, *(rows and rows.select(positions) for rows in self[1:]))
 
 
 class Split(NamedTuple):
@@ -115,10 +119,13 @@ def train(config: TrainConfig) -> Path:
     Raises:
         ValueError, FileNotFoundError: options, models, data or stores that do not fit, or an ``output_dir`` that holds
             another run: before any work.
-        Interrupted: SIGINT or SIGTERM; a checkpoint was written.
+        Interrupted: SIGINT or SIGTERM, to any of the processes; a checkpoint was written.
+        ModuleNotFoundError: TensorBoard is to be written and is not installed.
     """
     objective = make_objective(config)
     _require_schedule(config.lr_scheduler_type)
+    if config.report_to == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
+        raise ModuleNotFoundError("report_to tensorboard needs tensorboard", name="tensorboard")
     accelerator = _accelerator(config)
     output_dir = Path(config.output_dir)
     identity = _identity(config, accelerator)
@@ -137,28 +144,37 @@ def train(config: TrainConfig) -> Path:
             f"objective {config.objective} needs log-probs of {', '.join(missing)} responses; the store has none"
         )
 
-    pairs = _load_pairs(config, config.dataset, tokenizer, weak_tokenizer, responses, accelerator)
-    key = StoreKey.of(config.model, tokenizer, pairs.encoded, config.max_length, config.truncation_side)
-    frozen = {name: stored(store, key, name) for name, store in stores.items()}
+    tokenizers = (tokenizer, weak_tokenizer)
+    pairs = _load_pairs(config, config.dataset, config.dataset_split, tokenizers, responses, accelerator)
+    key = StoreKey.of(config.model, tokenizer, pairs.all_encoded, config.max_length, config.truncation_side)
+    dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(accelerator.mixed_precision, config.dtype)
+    frozen = {name: stored(store, key, name, dtype, accelerator.print) for name, store in stores.items()}
     positions, held_out = _hold_out(config, len(pairs.encoded))
     eval_pairs = None
     if config.eval_dataset:
-        eval_pairs = _load_pairs(config, config.eval_dataset, tokenizer, weak_tokenizer, responses, accelerator)
+        eval_pairs = _load_pairs(config, config.eval_dataset, config.eval_split, tokenizers, responses, accelerator)
     plan = BatchPlan.of(config, len(positions), accelerator.num_processes)
     sources = {name: _frozen_source(config, name) for name in objective.frozen if name not in stores}
-    identity |= {"model": key.model, "data": key.data, "eval_data": eval_pairs and data_digest(eval_pairs.encoded)}
+    identity |= {"model": key.model, "data": data_digest(pairs.encoded)}
+    identity["eval_data"] = eval_pairs and data_digest(eval_pairs.encoded)
     if config.sample_weight_column:
         # As text: their own digits, which JSON keeps.
         weights = [split and split.encoded["sample_weight"][:] for split in (pairs, eval_pairs)]
         identity["sample_weights"] = hashlib.sha256(json.dumps(weights).encode()).hexdigest()
     # The weak models' tokens decide what is regressed on, and their digests say nothing of their tokenizer.
-    identity |= {f"{name}_data": pairs[i] and data_digest(pairs[i]) for i, name in ((1, "weak"), (2, "segments"))}
+    beside = {"weak_data": pairs.weak, "segments_data": pairs.segments}
+    identity |= {name: rows and data_digest(rows) for name, rows in beside.items()}
     identity |= {name: model_digest(source) for name, source in sources.items()}
     identity |= {name: store.key.model for name, store in stores.items()}
     with accelerator.main_process_first():
         finished = checkpoint.claim(output_dir, identity)
     if finished:
-        accelerator.print(f"{output_dir} holds this run, finished after {plan.steps} steps: nothing to do")
+        done = "nothing to do"
+        if config.merge_adapter and not (output_dir / MERGED).exists():
+            done = f"merged into {output_dir / MERGED}"
+            if accelerator.is_main_process:
+                _save_merged(_load_adapter(_load_policy(config, config.model), output_dir), tokenizer, output_dir)
+        accelerator.print(f"{output_dir} holds this run, finished after {plan.steps} steps: {done}")
         return output_dir
 
     def freeze(pairs: Pairs) -> dict[str, FrozenLogprobs | SegmentIds]:
@@ -230,17 +246,25 @@ class Loop:
             total=self.plan.steps, initial=self.step, desc=config.objective, disable=log is None, dynamic_ncols=True
         )
         self.model.train()
-        with _stop_requests(accelerator.num_processes == 1) as stop:
+        with _stop_requests(accelerator.num_processes) as requests:
             for batch in self.plan.batches(self.step):
+                start = time.perf_counter()
                 used = {"learning_rate": self.scheduler.get_last_lr()[0], "grad_norm": self._train_step(batch)}
+                stop = self._anywhere(bool(requests))
                 self.step += 1
                 bar.update()
                 last = self.step == self.plan.steps
-                if last or self.step % config.logging_steps == 0:
+                logs = last or self.step % config.logging_steps == 0
+                evaluates = self.evaluation and (last or (config.eval_steps and self.step % config.eval_steps == 0))
+                saves = not last and (stop or (config.save_steps and self.step % config.save_steps == 0))
+                if logs or evaluates or saves:
+                    _await_device()  # within the steps' time, and not in what follows
+                self.seconds += time.perf_counter() - start
+                if logs:
                     self._log(log, bar, used)
-                if self.evaluation and (last or (config.eval_steps and self.step % config.eval_steps == 0)):
+                if evaluates:
                     self._evaluate(log)
-                if not last and (stop or (config.save_steps and self.step % config.save_steps == 0)):
+                if saves:
                     if log is not None:
                         log.sync()
                     self._save_checkpoint()
@@ -260,7 +284,7 @@ class Loop:
 
     def _train_step(self, batch: list[int]) -> torch.Tensor:
         """One optimizer step on the pairs at positions ``batch`` of the training rows; returns the gradient's norm."""
-        accelerator, start = self.accelerator, time.perf_counter()
+        accelerator = self.accelerator
         mine = self._share(batch, self.training.encoded)
         # A process without a pair in an epoch's last batch still has to take part in the gradients' average.
         scale = accelerator.num_processes / len(batch) if mine else 0.0
@@ -279,8 +303,13 @@ class Loop:
         if not accelerator.optimizer_step_was_skipped:
             self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.seconds += time.perf_counter() - start
         return grad_norm
+
+    def _anywhere(self, flag: bool) -> bool:
+        """Whether ``flag`` is set in any process: they all have to do the same after the same step."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device)))
 
     def _forward(
         self, model: nn.Module, split: Split, positions: list[int]
@@ -400,20 +429,20 @@ class Loop:
         for path in sorted(partial.iterdir(), key=lambda path: (path.suffix == ".safetensors", path.name)):
             checkpoint.publish(path, self.output_dir / path.name)
         partial.rmdir()
-        merged = self.output_dir / "merged"
-        if self.config.merge_adapter and not merged.exists():
-            partial = merged.with_name(merged.name + TEMPORARY)
-            self.policy.merge_and_unload().save_pretrained(partial)
-            self.tokenizer.save_pretrained(partial)
-            checkpoint.publish(partial, merged)
+        if self.config.merge_adapter and not (self.output_dir / MERGED).exists():
+            _save_merged(self.policy, self.tokenizer, self.output_dir)
+
+
+def _save_merged(policy: Any, tokenizer: Any, output_dir: Path) -> None:
+    partial = output_dir / f"{MERGED}{TEMPORARY}"
+    policy.merge_and_unload().save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    checkpoint.publish(partial, output_dir / MERGED)
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:
-    bf16 = config.bf16
-    if bf16 is None:
-        bf16 = not config.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     accelerator = Accelerator(
-        mixed_precision="bf16" if bf16 else "fp16" if config.fp16 else "no",
+        mixed_precision=config.mixed_precision,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     kind = accelerator.distributed_type
@@ -484,12 +513,13 @@ def _weak_tokenizer(config: TrainConfig, tokenizer: Any) -> Any | None:
 def _load_pairs(
     config: TrainConfig,
     source: str,
-    tokenizer: Any,
-    weak_tokenizer: Any | None,
+    split: str | None,
+    tokenizers: tuple[Any, Any | None],
     responses: tuple[str, ...],
     accelerator: Accelerator,
 ) -> Pairs:
-    rows = load_preferences(source, config.dataset_split)
+    tokenizer, weak_tokenizer = tokenizers
+    rows = load_preferences(source, split)
     limits = (config.max_length, config.truncation_side, responses)
     # WSPO reads chosen responses alone.
     boundaries = RESPONSES[:1] if weak_tokenizer is not None and config.level == "segment" else ()
@@ -498,7 +528,7 @@ def _load_pairs(
     if config.sample_weight_column:
         encoded = add_sample_weights(encoded, rows, config.sample_weight_column)
     if weak_tokenizer is None:
-        return Pairs(encoded)
+        return Pairs(encoded, encoded)
     weak, report = encode(rows, weak_tokenizer, *limits, boundaries)
     accelerator.print(f"{source} in the weak models' tokens: {report}")
     segments = None
@@ -508,8 +538,8 @@ def _load_pairs(
         # The keys of stores are of tokens alone.
         encoded, weak = (side.remove_columns("chosen_boundaries") for side in (encoded, weak))
     shared = set(encoded["row"]) & set(weak["row"]) if segments is None else set(segments["row"])
-    encoded, weak = (side.select([i for i, row in enumerate(side["row"]) if row in shared]) for side in (encoded, weak))
-    return Pairs(encoded, weak, segments)
+    kept, weak = (side.select([i for i, row in enumerate(side["row"]) if row in shared]) for side in (encoded, weak))
+    return Pairs(encoded, kept, weak, segments)
 
 
 def _hold_out(config: TrainConfig, count: int) -> tuple[list[int], list[int]]:
@@ -525,8 +555,7 @@ def _hold_out(config: TrainConfig, count: int) -> tuple[list[int], list[int]]:
 
 def _build_policy(config: TrainConfig, resumed: Path | None) -> Any:
     """From the checkpoint's weights, or the starting model's with fresh adapters."""
-    start = str(resumed) if resumed is not None and not config.use_peft else config.model
-    model: Any = load_model(start, config.dtype, config.trust_remote_code, config.attn_implementation)
+    model = _load_policy(config, str(resumed) if resumed is not None and not config.use_peft else config.model)
     for parameter in model.parameters():
         # transformers maps weights from their file, at any alignment, and products round by alignment: a resumed run
         # would differ in the last bit. Copies are aligned, and keep the file from being needed.
@@ -539,10 +568,10 @@ def _build_policy(config: TrainConfig, resumed: Path | None) -> Any:
         enable({"use_reentrant": False})
     if not config.use_peft:
         return model
-    from peft import LoraConfig, PeftModel, get_peft_model
-
     if resumed is not None:
-        return PeftModel.from_pretrained(model, str(resumed), is_trainable=True)
+        return _load_adapter(model, resumed)
+    from peft import LoraConfig, get_peft_model
+
     lora = LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
@@ -553,12 +582,28 @@ def _build_policy(config: TrainConfig, resumed: Path | None) -> Any:
     return get_peft_model(model, lora)
 
 
-def _disable_dropout(model: nn.Module) -> None:
+def _load_policy(config: TrainConfig, source: str) -> Any:
+    return load_model(source, config.dtype, config.trust_remote_code, config.attn_implementation)
+
+
+def _load_adapter(model: nn.Module, folder: Path) -> Any:
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+
+
+def _disable_dropout(model: Any) -> None:
+    """Of dropout modules, and of those that drop values or layers by a number, their own or their config's."""
+    saved = copy.deepcopy(model.config)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
+        for holder in (module, getattr(module, "config", None)):
+            attributes = getattr(holder, "__dict__", {})
+            attributes |= {
+                name: 0.0 for name, value in attributes.items() if "drop" in name and isinstance(value, float)
+            }
+    model.config = saved  # the finished model's is that of the model it began as
 
 
 def _build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
@@ -576,18 +621,24 @@ def _build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optim
     )
 
 
+def _await_device() -> None:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
 @contextlib.contextmanager
-def _stop_requests(enabled: bool) -> Iterator[list[int]]:
-    """A list that SIGINT or SIGTERM makes true, so that the step in progress can end; a second one kills."""
+def _stop_requests(processes: int) -> Iterator[list[int]]:
+    """A list that SIGINT or SIGTERM makes true, so that the step in progress can end; a second one kills.
+
+    Not of several processes: their launcher passes on what the terminal has sent to all of them.
+    """
     received: list[int] = []
-    if not enabled:
-        yield received
-        return
 
     def receive(number: int, _: Any) -> None:
         received.append(number)
-        for other, handler in previous.items():
-            signal.signal(other, handler)
+        if processes == 1:
+            for other, handler in previous.items():
+                signal.signal(other, handler)
 
     previous = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -269,9 +270,16 @@ def test_load_every_kind_of_local_source(tmp_path: Path, monkeypatch: pytest.Mon
     for name in ("a.json", "b.jsonl", "c.parquet", "folder", "saved", "splits"):
         assert list(load_preferences(str(tmp_path / name))) == list(dataset), name
     assert len(load_preferences(str(tmp_path / "splits"), "test")) == 1
-    assert len(load_preferences(str(tmp_path / "a.json"), "train[:1]")) == 1
-    with pytest.raises(ValueError, match="has the splits train, test, not 'validation'"):
-        load_preferences(str(tmp_path / "splits"), "validation")
+    for name in ("a.json", "saved", "splits"):
+        assert len(load_preferences(str(tmp_path / name), "train[:1]")) == 1, name
+    assert len(load_preferences(str(tmp_path / "splits"), "train[50%:]+test")) == 2
+    for name, split, splits in (
+        ("splits", "validation", "train, test"),
+        ("splits", "train[:x]", "train, test"),
+        ("saved", "test", "train"),
+    ):
+        with pytest.raises(ValueError, match=f"has the splits {splits}, not {re.escape(repr(split))}"):
+            load_preferences(str(tmp_path / name), split)
 
 
 def test_hub_ids_and_missing_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

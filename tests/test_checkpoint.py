@@ -118,11 +118,31 @@ def test_claim_names_what_differs(tmp_path: Path) -> None:
     output = tmp_path / "out"
     assert checkpoint.claim(output, {"seed": 1, "beta": 0.1}) is False
     assert checkpoint.claim(output, {"seed": 1, "beta": 0.1}) is False
-    with pytest.raises(ValueError, match=r"seed: 1 there, 2 now") as error:
+    (output / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match=r"seed: 1 there, 2 now\nchoose another output_dir, or remove") as error:
         checkpoint.claim(output, {"seed": 2, "beta": 0.1})
     assert "beta" not in str(error.value)
     checkpoint.mark_finished(output)
     assert checkpoint.claim(output, {"seed": 1, "beta": 0.1}) is True
+
+
+def test_claim_takes_over_what_has_not_trained(tmp_path: Path) -> None:
+    stores, metrics, saved = (tmp_path / name for name in ("logprobs", "metrics.jsonl", "checkpoint-1"))
+    assert checkpoint.claim(tmp_path, {"seed": 1}) is False
+    stores.mkdir()
+    metrics.touch()
+    assert checkpoint.claim(tmp_path, {"seed": 2}) is False
+    assert json.loads((tmp_path / "run.json").read_text())["identity"] == {"seed": 2}
+    for keep, undo in (
+        (lambda: metrics.write_text("{}\n"), lambda: metrics.write_text("")),
+        (saved.mkdir, saved.rmdir),
+        (lambda: checkpoint.mark_finished(tmp_path), lambda: None),
+    ):
+        keep()
+        with pytest.raises(ValueError, match=rf"seed: 2 there, 3 now\n.*\(with logprobs_dir {stores} to use what"):
+            checkpoint.claim(tmp_path, {"seed": 3})
+        undo()
+    assert checkpoint.claim(tmp_path, {"seed": 2}) is True and stores.is_dir()
 
 
 def test_claim_refuses_a_folder_of_something_else(tmp_path: Path) -> None:

@@ -7,14 +7,17 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import tiny
+import torch
 
 from prefopt_fast import cli
 from prefopt_fast.cli import main, parse
 from prefopt_fast.config import ScoreConfig, TrainConfig
+from prefopt_fast.scoring import LogprobStore
 
 REQUIRED = ["--model", "m", "--dataset", "d", "--objective", "dpo", "--output-dir", "o"]
 
@@ -120,15 +123,20 @@ def test_errors_from_elsewhere_keep_their_traceback(monkeypatch: pytest.MonkeyPa
 
 
 def test_missing_extra_and_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    def needs_more(_: object) -> int:
-        raise ModuleNotFoundError("No module named 'peft'", name="peft")
+    def needs_more(arguments: Sequence[str]) -> int:
+        raise ModuleNotFoundError(f"No module named '{arguments[0]}'", name=arguments[0])
 
     def interrupted(_: object) -> int:
         raise KeyboardInterrupt
 
     monkeypatch.setitem(cli.COMMANDS, "train", needs_more)
-    assert main(["train"]) == 1
-    assert_error(capsys, r"peft is not installed: pip install 'prefopt_fast\[train\]'")
+    for module, message in (
+        ("peft", r"peft is not installed: pip install 'prefopt_fast\[train\]'"),
+        ("tensorboard", r"tensorboard is not installed: pip install 'prefopt_fast\[tensorboard\]'"),
+        ("torch.utils.nothing", r"torch.utils.nothing is not installed$"),
+    ):
+        assert main(["train", module]) == 1
+        assert_error(capsys, message)
     monkeypatch.setitem(cli.COMMANDS, "train", interrupted)
     assert main(["train"]) == 130
     assert "the same command goes on" in capsys.readouterr().err
@@ -160,6 +168,36 @@ def test_score_then_train_from_the_command_line(tmp_path: Path) -> None:
 def test_score_options() -> None:
     config = parse(ScoreConfig, "prefopt-fast score", ["--model", "m", "--dataset", "d", "--out", "o"])
     assert (config.responses, config.batch_size, config.max_length) == (["chosen", "rejected"], 8, 1024)
+
+
+@pytest.mark.parametrize("bf16_gpu", [False, True])
+def test_score_computes_in_the_precision_of_train(monkeypatch: pytest.MonkeyPatch, bf16_gpu: bool) -> None:
+    for name in ("is_available", "is_bf16_supported"):
+        monkeypatch.setattr(torch.cuda, name, lambda: bf16_gpu)
+    common = {"model": "m", "dataset": "d"}
+    for options in ({}, {"bf16": True}, {"bf16": False}, {"fp16": True}):
+        both = (
+            ScoreConfig(**common, **options, out="o"),
+            TrainConfig(**common, **options, objective="dpo", output_dir="o"),
+        )
+        expected = "fp16" if options.get("fp16") else "bf16" if options.get("bf16", bf16_gpu) else "no"
+        assert [config.mixed_precision for config in both] == [expected] * 2
+    with pytest.raises(ValueError, match="bf16 or fp16, not both"):
+        ScoreConfig(**common, out="o", bf16=True, fp16=True)
+
+
+def test_a_store_of_another_dtype_is_noted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model, pairs = tiny.make_model(tmp_path / "model"), tiny.make_pairs(tmp_path / "pairs.json", 4)
+    data = ["--model", model, "--dataset", pairs]
+    train = ["train", *data, "--objective", "dpo", "--max-steps", "1"]
+    for dtype, flags in (("bfloat16", ["--bf16"]), ("float32", [])):
+        store = str(tmp_path / dtype)
+        assert main(["score", *data, "--out", store, *flags]) == 0
+        assert LogprobStore.open(store).settings["dtype"] == dtype
+        capsys.readouterr()
+        assert main([*train, "--ref-logprobs", store, "--output-dir", str(tmp_path / f"out-{dtype}")]) == 0
+        note = f"ref_logprobs {store} was computed in {dtype}, and this run computes in float32"
+        assert (note in capsys.readouterr().out) == (dtype == "bfloat16")
 
 
 def assert_error(capsys: pytest.CaptureFixture, message: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from conftest import relative_error
-from test_policy import COMMON, FAMILIES, assert_agrees, full_logprobs, gradients, make, make_batch
+from test_policy import COMMON, FAMILIES, VOCAB, assert_agrees, full_logprobs, gradients, make, make_batch
 from torch import Tensor
 
 from prefopt_fast.batch import collate
@@ -74,6 +74,39 @@ def test_layers_that_see_neighbours_otherwise_are_not_packed(model_type: str, op
     runner = ResponseModel(model)
     assert relative_error(runner(batch).stats.logprobs, full_logprobs(model, batch)) < 1e-5
     assert runner._packs is False
+
+
+def test_a_family_that_fails_on_the_mask_is_not_packed() -> None:
+    config = transformers.FalconConfig(
+        vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, alibi=True, initializer_range=0.5
+    )
+    model, batch = transformers.FalconForCausalLM(config).eval(), make_batch()
+    runner = ResponseModel(model)
+    assert relative_error(runner(batch).stats.logprobs, full_logprobs(model, batch)) < 1e-5
+    assert runner._packs is False
+
+
+@pytest.mark.parametrize(
+    "model_type, options, packs",
+    [
+        ("phimoe", {"sliding_window": 64, "num_local_experts": 2}, False),
+        ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 64, "num_experts_per_tok": 2}, False),
+        ("llama4_text", {"attention_chunk_size": 64, "num_local_experts": 2, "intermediate_size_mlp": 24}, False),
+        ("llama4_text", {"layer_types": ["full_attention"] * 2, "num_local_experts": 2}, True),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0}, True),
+        ("mistral", {"sliding_window": 64}, True),
+        ("gemma3_text", {"sliding_window": 64}, True),
+        ("qwen2_moe", {"use_sliding_window": False, "num_experts_per_tok": 2}, True),
+    ],
+)
+def test_windows_in_the_mask_alone_are_not_packed(model_type: str, options: dict[str, Any], packs: bool) -> None:
+    model = make_hybrid(model_type, **options)
+    if model_type == "llama4_text":
+        model.base_model_prefix = "model"  # the class names an attribute that it does not have
+    windows = [vars(module).get("sliding_window") for module in model.modules()]
+    assert verify_packing(model) is packs
+    assert windows == [vars(module).get("sliding_window") for module in model.modules()]
+    assert all(getattr(model.config, name) == value for name, value in options.items() if "window" in name)
 
 
 def test_equal_responses_and_single_tokens() -> None:

@@ -6,21 +6,28 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import socket
+import sys
+import time
 import weakref
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+import transformers
 from conftest import relative_error
 from torch import Tensor
 
 from prefopt_fast import PAIRWISE_LOSSES, TokenStats, frozen, trainer
 from prefopt_fast.batch import TRUNCATION_SIDES, encode, load_preferences
+from prefopt_fast.cli import main
 from prefopt_fast.config import OBJECTIVES, DataOptions, TrainConfig
 from prefopt_fast.objectives import make_objective
 from prefopt_fast.policy import load_model, load_tokenizer
@@ -77,15 +84,16 @@ def first_rows(options: dict[str, Any], responses: tuple[str, ...] = ("chosen", 
     return [rows[position] for position in first]
 
 
-def wpo_truth(options: dict[str, Any], beta: float) -> dict[str, float]:
+def wpo_truth(options: dict[str, Any], beta: float) -> dict[str, float | tuple[float, float]]:
     """WPO's first loss, with sampled alignment, and what goes into it."""
     policy, ref = Truth(options["model"]), Truth(options["ref_model"])
-    losses, weights, margins = [], [], []
+    losses, weights, margins, terms = [], [], [], 0.0
     for row in first_rows(options):
         margin, weight = 0.0, 1.0
         for sign, response in ((1, "chosen"), (-1, "rejected")):
-            logprobs, log_sum_sq = policy(row, response)
-            margin += sign * beta * float((logprobs - ref(row, response)[0]).sum())
+            (logprobs, log_sum_sq), (ref_logprobs, _) = policy(row, response), ref(row, response)
+            margin += sign * beta * float((logprobs - ref_logprobs).sum())
+            terms -= beta * float((logprobs + ref_logprobs).sum())
             weight *= math.exp((logprobs - log_sum_sq).mean())
         weight = min(weight, 1.0)
         losses.append(weight * math.log1p(math.exp(-margin)))
@@ -96,7 +104,7 @@ def wpo_truth(options: dict[str, Any], beta: float) -> dict[str, float]:
         "loss": sum(losses) / count,
         "wpo/weight": sum(weights) / count,
         "wpo/effective_sample_size": sum(weights) ** 2 / sum(weight**2 for weight in weights) / count,
-        "rewards/margins": sum(margins) / count,
+        "rewards/margins": (sum(margins) / count, terms / count),
     }
 
 
@@ -122,9 +130,11 @@ def wspo_truth(options: dict[str, Any], gamma: float, level: str) -> float:
     return sum(losses) / len(losses)
 
 
-def assert_close(found: dict[str, Any], expected: dict[str, float], tolerance: float) -> None:
+def assert_close(found: dict[str, Any], expected: Mapping[str, float | tuple[float, float]], tolerance: float) -> None:
+    """With a difference stands the size of its terms, which float32 cannot hold any better than to its epsilon."""
     for name, value in expected.items():
-        assert found[name] == pytest.approx(value, rel=tolerance), name
+        value, terms = value if isinstance(value, tuple) else (value, 0.0)
+        assert found[name] == pytest.approx(value, rel=tolerance, abs=torch.finfo(torch.float32).eps * terms), name
 
 
 def test_wpo_first_step(inputs: dict[str, str], tmp_path: Path) -> None:
@@ -168,6 +178,20 @@ def test_wspo_from_weak_models_of_another_tokenizer(inputs: dict[str, str], tmp_
     with pytest.raises(ValueError, match=r"another tokenizer than .*use level sequence"):
         run(inputs, tmp_path / "token", **options | {"level": "token"})
     assert not (tmp_path / "token").exists()
+
+
+def test_a_store_may_have_rows_that_the_weak_tokenizer_drops(
+    inputs: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    options = {"objective": "wspo", "level": "sequence", "weak_aligned_model": inputs["foreign"], "max_steps": 2}
+    options |= {"weak_ref_model": inputs["foreign"], "max_length": 24, "truncation_side": "sequence_end"}
+    expected = run(inputs, tmp_path / "model", **options, ref_model=inputs["other"])
+    assert re.search(r"weak models' tokens: . of 10 rows", capsys.readouterr().out)
+    score = ["score", "--model", inputs["other"], "--dataset", inputs["dataset"], "--out", str(tmp_path / "store")]
+    assert main([*score, "--max-length=24", "--truncation-side=sequence_end", "--responses", "chosen"]) == 0
+    found = run(inputs, tmp_path / "store-given", **options, ref_logprobs=str(tmp_path / "store"))
+    for line, other in zip(found, expected, strict=True):
+        assert line == pytest.approx(other, rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -270,22 +294,16 @@ def assert_same_run(one: Path, other: Path, start: Path) -> None:
     assert relative_error(torch.cat([(found[name] - before[name]).flatten() for name in before]), update) < 1e-4
 
 
-def test_two_processes_compute_what_one_does(inputs: dict[str, str], tmp_path: Path) -> None:
-    """Steps of 4 pairs, 2 + 2 in two processes; the last of 9 pairs leaves the second process none."""
-    options = {"objective": "wpo", "ref_model": inputs["other"], "num_train_epochs": 1.0} | LINEAR_ADAM
-    options |= {"model": inputs["model"], "dataset": inputs["dataset"], "save_steps": 1, "save_total_limit": 1}
-    options |= {"gradient_accumulation_steps": 2, "test_split_size": 0.1, "max_length": 12}
+def in_two_processes(target: Callable[..., None], options: dict[str, Any]) -> None:
+    """``target(options, None, environment)`` in each, as a launcher would start it; waits for both to succeed."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tiny", "prefopt_fast.trainer", "peft", "matplotlib.pyplot"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     environment = {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    shared = options | {"output_dir": str(tmp_path / "two"), "per_device_train_batch_size": 1}
     children = [
-        context.Process(
-            target=tiny.train_in_child, args=(shared, None, environment | {"RANK": rank, "LOCAL_RANK": rank})
-        )
+        context.Process(target=target, args=(options, None, environment | {"RANK": rank, "LOCAL_RANK": rank}))
         for rank in ("0", "1")
     ]
     for child in children:
@@ -293,9 +311,40 @@ def test_two_processes_compute_what_one_does(inputs: dict[str, str], tmp_path: P
     for child in children:
         child.join(120)
         assert child.exitcode == 0
+
+
+def test_two_processes_compute_what_one_does(inputs: dict[str, str], tmp_path: Path) -> None:
+    """Steps of 4 pairs, 2 + 2 in two processes; the last of 9 pairs leaves the second process none."""
+    options = {"objective": "wpo", "ref_model": inputs["other"], "num_train_epochs": 1.0} | LINEAR_ADAM
+    options |= {"model": inputs["model"], "dataset": inputs["dataset"], "save_steps": 1, "save_total_limit": 1}
+    options |= {"gradient_accumulation_steps": 2, "test_split_size": 0.1, "max_length": 12}
+    shared = options | {"output_dir": str(tmp_path / "two"), "per_device_train_batch_size": 1}
+    in_two_processes(tiny.train_in_child, shared)
     run(inputs, tmp_path / "one", **options | {"per_device_train_batch_size": 2})
     assert_same_run(tmp_path / "one", tmp_path / "two", Path(inputs["model"]))
     assert len(list((tmp_path / "two" / "checkpoint-2").glob("process-*.pt"))) == 2
+
+
+def train_until_one_is_interrupted(options: dict[str, Any], _: None, environment: dict[str, str]) -> None:
+    """In a process of its own, of which that of rank 1 gets a signal in the second step, and both have to stop."""
+    step = trainer.Loop._train_step
+
+    def interrupted(loop: trainer.Loop, batch: list[int]) -> Tensor:
+        if loop.step == 1 and environment["RANK"] == "1":
+            for _ in range(2):  # as the terminal's and the launcher's
+                os.kill(os.getpid(), signal.SIGINT)
+        return step(loop, batch)
+
+    trainer.Loop._train_step = interrupted  # type: ignore[method-assign]
+    with pytest.raises(trainer.Interrupted, match="stopped after step 2 of 4"):
+        tiny.train_in_child(options, None, environment)
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(inputs: dict[str, str], tmp_path: Path) -> None:
+    options = {"model": inputs["model"], "dataset": inputs["dataset"], "objective": "dpo", "max_steps": 4}
+    in_two_processes(train_until_one_is_interrupted, options | {"save_steps": 0, "output_dir": str(tmp_path / "out")})
+    saved = tmp_path / "out" / "checkpoint-2"
+    assert {path.name for path in saved.glob("process-*.pt")} == {"process-0.pt", "process-1.pt"}
 
 
 def test_plan_visits_every_pair_once_an_epoch() -> None:
@@ -320,9 +369,72 @@ def test_evaluation_on_a_split_and_on_a_file(inputs: dict[str, str], tmp_path: P
     assert lines[-1]["eval_loss"] == pytest.approx(sum(losses.values()) / 4, rel=1e-5)
 
 
+def test_evaluation_data_has_a_split_of_its_own(
+    inputs: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    held_out, both = tiny.make_pairs(tmp_path / "held-out.json", 4, seed=1), str(tmp_path / "both")
+    splits = {"pairs": load_preferences(inputs["dataset"]), "held": load_preferences(held_out)}
+    datasets.DatasetDict(splits).save_to_disk(both)
+    options = {"ref_model": inputs["other"], "max_steps": 1}
+    expected = run(inputs, tmp_path / "files", eval_dataset=held_out, **options)
+    options |= {"dataset": both, "dataset_split": "pairs", "eval_dataset": both, "eval_split": "held"}
+    assert run(inputs, tmp_path / "splits", **options) == expected
+    run(inputs, tmp_path / "files", **options)  # the run is known by its data
+    assert "nothing to do" in capsys.readouterr().out
+
+
+DROPOUT: dict[str, dict[str, Any]] = {
+    "opt": {"dropout": 0.5, "attention_dropout": 0.5, "layerdrop": 0.5, "ffn_dim": 24, "word_embed_proj_dim": 16},
+    "falcon": {"hidden_dropout": 0.5, "attention_dropout": 0.5, "parallel_attn": False},
+    "starcoder2": {"residual_dropout": 0.5, "embedding_dropout": 0.5, "attention_dropout": 0.5},
+    "gpt_bigcode": {"attn_pdrop": 0.5, "resid_pdrop": 0.5, "embd_pdrop": 0.5},
+}
+
+
+@pytest.mark.parametrize("family", DROPOUT)
+def test_dropout_is_off_wherever_a_family_keeps_it(family: str, tmp_path: Path) -> None:
+    sizes = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.AutoConfig.for_model(family, **sizes, **DROPOUT[family])
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    options = {"model": str(tmp_path), "dataset": "d", "output_dir": "o", "objective": "dpo"}
+    ids = torch.arange(3, 15)[None]
+    for off in (False, True):
+        policy = trainer._build_policy(TrainConfig(**options, disable_dropout=off), None).train()
+        assert torch.equal(policy(ids).logits, policy(ids).logits) == off
+    assert {name: getattr(policy.config, name) for name in DROPOUT[family]} == DROPOUT[family]
+
+
+def test_the_clock_counts_the_wait_for_the_device(
+    inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "_await_device", lambda: time.sleep(0.3))
+    run(inputs, tmp_path / "out", max_steps=2)
+    assert all(line["seconds"] > 0.3 for line in tiny.read_metrics(tmp_path / "out", timings=True))
+
+
+def test_a_run_without_a_step_may_be_changed(
+    inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a lack of memory in the first step: what was scored is used again."""
+
+    def out_of_memory(*_: Any) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    options = {"ref_model": inputs["other"]}
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Loop, "_train_step", out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            run(inputs, tmp_path / "out", **options)
+    monkeypatch.setattr(frozen, "load_model", out_of_memory)
+    assert len(run(inputs, tmp_path / "out", **options, per_device_train_batch_size=1)) == 10
+    with pytest.raises(ValueError, match=r"per_device_train_batch_size: 1 there, 2 now(.|\n)*with logprobs_dir"):
+        run(inputs, tmp_path / "out", **options)
+
+
 def test_adapter_and_merged_model(inputs: dict[str, str], tmp_path: Path) -> None:
     output = tmp_path / "out"
-    lines = run(inputs, output, use_peft=True, lora_r=2, learning_rate=1e-2, max_steps=3, merge_adapter=True)
+    options = {"use_peft": True, "lora_r": 2, "learning_rate": 1e-2, "max_steps": 3}
+    lines = run(inputs, output, **options, merge_adapter=True)
     assert lines[0]["rewards/margins"] == pytest.approx(0.0, abs=1e-6)  # the base is the reference
     assert json.loads((output / "adapter_config.json").read_text())["r"] == 2
     ids = torch.arange(2, 12)[None]
@@ -331,6 +443,11 @@ def test_adapter_and_merged_model(inputs: dict[str, str], tmp_path: Path) -> Non
             load_model(str(path))(ids).logits for path in (output, output / "merged", inputs["model"])
         )
     assert relative_error(merged, adapted) < 1e-5 < relative_error(base, adapted)
+    run(inputs, tmp_path / "later", **options)
+    assert not (tmp_path / "later" / "merged").exists()
+    run(inputs, tmp_path / "later", **options, merge_adapter=True)
+    found, expected = (tiny.read_weights(folder / "merged") for folder in (tmp_path / "later", output))
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
     with pytest.raises(ValueError, match="is a PEFT adapter: merge it"):
         run(inputs | {"model": str(output)}, tmp_path / "next")
 
@@ -345,8 +462,6 @@ def test_gradient_checkpointing_and_low_precision(inputs: dict[str, str], tmp_pa
 
 
 def test_stores_are_reused_and_given(inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from prefopt_fast.cli import main
-
     store = str(tmp_path / "store")
     assert main(["score", "--model", inputs["other"], "--dataset", inputs["dataset"], "--out", store]) == 0
     expected = run(inputs, tmp_path / "model", ref_model=inputs["other"], logprobs_dir=str(tmp_path / "logprobs"))
@@ -445,6 +560,15 @@ def test_tensorboard_and_curves(inputs: dict[str, str], tmp_path: Path) -> None:
     assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_missing_tensorboard_is_found_first(
+    inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(ModuleNotFoundError) as error:
+        run(inputs, tmp_path / "out", report_to="tensorboard", ref_model=inputs["other"])
+    assert error.value.name == "tensorboard" and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -468,6 +592,8 @@ def test_tensorboard_and_curves(inputs: dict[str, str], tmp_path: Path) -> None:
         ({"grad_tolerance": "tight"}, r"grad_tolerance must be 'auto', a number in \[0, 1\).*found 'tight'"),
         ({"bf16": True, "fp16": True}, r"bf16 or fp16, not both"),
         ({"merge_adapter": True}, r"merge_adapter needs use_peft"),
+        ({"lora_r": 4, "lora_target_modules": ["q_proj"]}, r"lora_r, lora_target_modules needs use_peft"),
+        ({"eval_split": "test"}, r"eval_split needs eval_dataset"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:
