@@ -407,7 +407,7 @@ class _Forward:
             self.make_room(size)
             self.few.append(_Few(rest, self.at_target.new_empty(self.head.weight.shape[0], len(rest))))
             self.exact_chunk(self.few[0], self.workspaces[0], multiply=False)
-        else:
+        else:  # whose share of the exact gradient's memory is their share of the tokens
             self.probs_left = PROBS_BYTES * len(rest) // max(len(rows), 1)
             self.exact_chunks(rest)
         self.finish()

@@ -17,7 +17,11 @@ from prefopt_fast.batch import collate
 from prefopt_fast.packing import FLASH, _packed_flash, _packed_sdpa, pack
 from prefopt_fast.policy import ResponseModel, find_backbone, hidden_states, verify_packing
 
-PADDED_FAMILIES = {"gemma2"}  # transformers gives it the attention "eager", for its soft cap
+PADDED_FAMILIES = {
+    "gemma2",  # transformers gives it the attention "eager", for its soft cap
+    "recurrent_gemma",  # recurrences and convolutions
+    "falcon_h1",  # a state space beside attention
+}
 
 
 def make_hybrid(model_type: str, **options: Any) -> Any:
