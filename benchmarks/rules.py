@@ -35,7 +35,7 @@ def compare_rules(problem: Problem, tolerances: tuple[float, ...]) -> list[dict[
         draws = [_gradients(problem, tolerance, seed) for seed in range(DRAWS)]
         kept = sum(share for share, _ in draws) / DRAWS
         mean = {name: sum(gradients[name].double() for _, gradients in draws) / DRAWS for name in _NAMES}
-        low, high = 1e-6, 1e6  # of the threshold's level, in units of sparse_grad.INITIAL_LEVEL · τ²
+        low, high = 1e-6, 1e6  # of the threshold, in units of what Steering starts with
         for _ in range(_SEARCH_STEPS):
             level = (low * high) ** 0.5
             with _largest_columns(level):
@@ -100,7 +100,8 @@ def _largest_columns(level: float) -> Iterator[None]:
     with (
         mock.patch.object(torch_backend, "_candidates", above_threshold),
         mock.patch.object(torch_backend, "select_columns", select),
-        mock.patch.object(sparse_grad, "INITIAL_LEVEL", level * sparse_grad.INITIAL_LEVEL),
+        mock.patch.object(torch_backend, "choose_epsilon", lambda squares, lowest, budget: (lowest, budget)),
+        mock.patch.object(sparse_grad, "HEADROOM", level),
         mock.patch.object(sparse_grad.Steering, "adapt", lambda self: None),
     ):
         yield

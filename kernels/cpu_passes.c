@@ -78,26 +78,28 @@ void exp_sums(int64_t kinds, float *logits, int64_t rows, int64_t tokens, const 
         exp_and_sum(3, logits, rows, tokens, shift, sums);
 }
 
-/* Of each group of tokens and each row: mass ← Σ average · e, and where Σ weight · e² exceeds the row's threshold,
- * the row's number and its values of e are appended to what the group keeps. */
+/* Of each group of tokens and each row: mass ← Σ average · e, square ← Σ weight · e², and where that exceeds the row's
+ * threshold, the row's number and its values of e are appended to what the group keeps. */
 void keep_columns(const float *restrict exp, int64_t rows, int64_t tokens, int64_t first_row,
                   int64_t groups, const int64_t *restrict bounds, /* (groups + 1), of tokens */
                   const float *restrict average, const float *restrict weight, /* (tokens) */
-                  const float *restrict threshold, float *restrict mass, int64_t stride, /* (groups, stride) */
+                  const float *restrict threshold, float *restrict mass, float *restrict square,
+                  int64_t stride, /* of the three before: (groups, stride) */
                   int64_t *restrict counts, int64_t *restrict columns, /* (groups), (groups, capacity) */
                   float *restrict kept, int64_t capacity, int64_t width) /* (groups, capacity, width) */
 {
     for (int64_t row = 0; row < rows; row++)
         for (int64_t g = 0; g < groups; g++) {
             const float *restrict e = exp + row * tokens;
-            float sum = 0, square = 0;
-#pragma omp simd reduction(+ : sum, square)
+            float averaged = 0, squared = 0;
+#pragma omp simd reduction(+ : averaged, squared)
             for (int64_t t = bounds[g]; t < bounds[g + 1]; t++) {
-                sum += average[t] * e[t];
-                square += weight[t] * (e[t] * e[t]);
+                averaged += average[t] * e[t];
+                squared += weight[t] * (e[t] * e[t]);
             }
-            mass[g * stride + row] = sum;
-            if (square > threshold[g * stride + row]) {
+            mass[g * stride + row] = averaged;
+            square[g * stride + row] = squared;
+            if (squared > threshold[g * stride + row]) {
                 const int64_t slot = g * capacity + counts[g]++;
                 columns[slot] = first_row + row;
                 memcpy(kept + slot * width, e + bounds[g], (bounds[g + 1] - bounds[g]) * sizeof *e);

@@ -46,7 +46,7 @@ def library() -> ctypes.CDLL | None:
     compiled.exp_sums.argtypes = (number, pointer, number, number, pointer, pointer)
     compiled.keep_columns.argtypes = (
         *(pointer, number, number, number, number, pointer, pointer, pointer),
-        *(pointer, pointer, number, pointer, pointer, pointer, number, number),
+        *(pointer, pointer, pointer, number, pointer, pointer, pointer, number, number),
     )
     compiled.exp_sums.restype = compiled.keep_columns.restype = None
     return compiled
@@ -79,16 +79,17 @@ def keep_columns(
     weights: Tensor,  # (C,)
     threshold: Tensor,  # (groups, T)
     mass: Tensor,  # (groups, T), strides as threshold's; overwritten with Σ_t average_t · e_t
+    square: Tensor,  # (groups, T), strides as threshold's; overwritten with Σ_t weights_t · e_t²
     bounds: Tensor,  # (groups + 1,) int64: group g has the tokens bounds[g] … bounds[g + 1]
     counts: Tensor,  # (groups,) int64, of what is kept; increased
     columns: Tensor,  # (groups, capacity) int64
     kept: Tensor,  # (groups, capacity, width)
 ) -> None:
-    """Append to each group's ``columns`` and ``kept`` the rows where Σ_t weights_t · e_t² > threshold."""
+    """Append to each group's ``columns`` and ``kept`` the rows where ``square`` exceeds ``threshold``."""
     compiled = library()
     assert compiled is not None
     compiled.keep_columns(
         exp.data_ptr(), *exp.shape, first, len(counts), bounds.data_ptr(), average.data_ptr(), weights.data_ptr(),
-        threshold.data_ptr(), mass.data_ptr(), mass.stride(0), counts.data_ptr(), columns.data_ptr(), kept.data_ptr(),
-        *kept.shape[1:],
+        threshold.data_ptr(), mass.data_ptr(), square.data_ptr(), mass.stride(0), counts.data_ptr(), columns.data_ptr(),
+        kept.data_ptr(), *kept.shape[1:],
     )  # fmt: skip

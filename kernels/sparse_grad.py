@@ -22,19 +22,43 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# ε for a group of C tokens starts at this · τ² · √C: within 30 % of what the hidden states of a small chat model need.
-INITIAL_LEVEL = 8.0
+# ε for a group of C tokens starts at LEVEL · τ^POWER · √C, as the tails of a small chat model's softmax want it from
+# τ = 2⁻⁴ to 2⁻¹⁰; a chunk can choose HEADROOM of what is expected, at least.
+LEVEL, POWER, HEADROOM = 0.12, 1.2, 0.5
+EPSILON_STEPS = 4
+# choose_epsilon's error over the one that the draws show starts at EXPECTED, with the weight of PRIOR groups: measured
+# are 0.95 to 1.5 for text and mixtures of certain and uncertain tokens, up to 2.5 where all are certain.
+EXPECTED, PRIOR = 1.2, 4
 MARGIN = 0.7  # of the tolerance, aimed at: a group scatters by some 15 %
 COHERENT = (
     0.75  # weight of the error that dweight would have if all upstream gradients were equal: it needs less margin
 )
-CEILING = 0.9  # of the tolerance: tokens of a group whose estimate is above it are computed densely
+CEILING = 0.9  # of the tolerance: an estimate above it is brought down to it by exact tokens
 OUTLIER = 4.0  # tolerances that a token may be wrong by, as far as the draw shows: measured are up to 7
 SKETCH = 64  # dimensions in which the norms of dweight's rows are estimated
 NEGLIGIBLE = 0.1  # a token's gradient counts as at least this much of its group's root mean square
 
 
 TINY = 1e-30  # no division by zero
+
+
+def choose_epsilon(
+    squares: Tensor,  # (groups, V), n_v²; overwritten
+    lowest: float,
+    budget: float,
+) -> tuple[float, float]:
+    """The largest ε, and not less than ``lowest``, with Σ n_v max(0, ε − n_v) ≤ budget; and that sum.
+
+    The sum is the expected squared error Σ_v (1/π_v − 1) n_v² of a draw, in tolerances. It does not depend on the draw,
+    and so neither does ε. It is convex and piecewise linear: Newton's steps but the first come from above.
+    """
+    scores = squares.sqrt_()
+    epsilon = lowest
+    for _ in range(EPSILON_STEPS):
+        below = scores.where(scores < epsilon, 0)
+        slope, offset = float(below.sum()), float(below.square_().sum())
+        epsilon = max(lowest, (budget + offset) / max(slope, TINY))
+    return epsilon, epsilon * slope - offset
 
 
 class Selection(NamedTuple):
@@ -75,6 +99,15 @@ def token_weights(
     miss = rest / total
     floor = NEGLIGIBLE * (torch.linalg.vector_norm(miss) / len(miss) ** 0.5).clamp_(max=typical)
     return 1 / (miss.clamp(min=1e-6).clamp_(min=floor) * total)
+
+
+def counted_tokens(rest: Tensor, target: Tensor, typical: float) -> float:
+    """For how many tokens' squared errors choose_epsilon has room; arguments as those of token_weights.
+
+    A token that is certain needs little of its tolerance. Counted half, it leaves the uncertain ones beside it about as
+    much as they have in text.
+    """
+    return float((1 + (rest * token_weights(rest, target, typical)).square()).sum()) / 2
 
 
 class Sample(NamedTuple):
@@ -164,54 +197,55 @@ def coherent_variance(
     return float((1 - keep) @ (coefficients @ hidden).square_().sum(1))
 
 
+class Errors(NamedTuple):
+    """Of one gradient of a group of tokens, as its draw lets expect; all but the tolerance are squared."""
+
+    tolerance: float
+    size: float
+    error: Tensor  # (C,), of the tokens that are not computed exactly
+    coherent: float = 0.0  # error of dweight if all upstream gradients are equal
+
+
 class Estimate(NamedTuple):
     """What one sampled group of tokens is expected to be wrong by."""
 
-    error: list[float]  # squared, of each gradient that is needed
-    size: list[float]  # squared, likewise
-    ratio: float  # squared error over what is allowed, of the gradient that is worst off
-    coherent: float  # squared error of dweight over its squared tolerance, if all upstream gradients are equal
+    errors: list[Errors]  # of dweight, dhidden or both
     share: float  # of the columns drawn
     mass: float  # largest δ_t
+    level: float  # ε / √C
+    expected: float  # the ratio that choose_epsilon foresaw
 
-
-def make_estimate(
-    errors: list[tuple[Tensor, Tensor, float, float]],
-    failing: Tensor,  # (C,) bool
-    share: float,
-    mass: float,
-) -> Estimate:
-    """``errors``: of dweight, dhidden or both the tokens' squared errors (C,) and sizes (C,), its tolerance, and the
-    coherent variance.
-
-    Tokens that fail are computed exactly, and only count by their size.
-    """
-    squared = [float(error.masked_fill(failing, 0).sum()) for error, *_ in errors]
-    sizes = [float(size.sum()) for _, size, *_ in errors]
-    ratio = max(
-        max(error, COHERENT * coherent) / max(tolerance**2 * size, TINY)
-        for error, size, (*_, tolerance, coherent) in zip(squared, sizes, errors, strict=True)
-    )
-    *_, tolerance, coherent = errors[0]
-    return Estimate(squared, sizes, ratio, coherent / tolerance**2, share, mass)
+    def ratio(self) -> float:
+        """Squared error over what is allowed, of the gradient that is worst off."""
+        return max(
+            max(float(error.sum()), COHERENT * coherent) / max(tolerance**2 * size, TINY)
+            for tolerance, size, error, coherent in self.errors
+        )
 
 
 class Steering:
-    """Sets ε from chunk to chunk so that the estimated errors stay within the tolerance, and keeps the record of it."""
+    """Lets each chunk choose an ε with which the estimated errors stay within the tolerance, and keeps the record."""
 
     def __init__(self, tolerance: float, groups: int) -> None:
-        self.level = INITIAL_LEVEL * tolerance**2
+        self.tolerance = tolerance
+        self.level = LEVEL * tolerance**POWER  # of ε / √C
+        self.expected, self.found = PRIOR * EXPECTED, float(PRIOR)  # sums over groups: ratios foreseen, and estimated
         self.groups = groups  # to come
-        self.coherent = self.weight = 0.0
         self.skip = self.patience = 0
         self.chunks = self.dense_chunks = 0
         self.kept = self.largest_mass = 0.0
-        self.ratios: list[tuple[float, float]] = []  # and the size of what is wrong by as much
+        self.recent: list[Estimate] = []
         self.error, self.size = [0.0, 0.0], [0.0, 0.0]  # squared, of each gradient that is needed
+        self.coherent = 0.0
 
-    def epsilon(self, tokens: int) -> float:
-        """n_v is the norm of C numbers, so that ε grows with √C at a given share of columns."""
-        return self.level * tokens**0.5
+    def lowest_epsilon(self, tokens: int) -> float:
+        """What a group of so many tokens may choose at least. n_v is the norm of C numbers, so that ε grows with √C at
+        a given share of columns."""
+        return HEADROOM * self.level * tokens**0.5
+
+    def budget(self) -> float:
+        """Of choose_epsilon, for each of counted_tokens: with it the estimated error is about what is aimed at."""
+        return MARGIN**2 * self.tolerance**2 * self.expected / self.found
 
     def wants_dense(self, groups: int) -> bool:
         """Whether a walk for so many groups should not even be tried: after failures in a row 3, 9, 21, … are not."""
@@ -230,38 +264,52 @@ class Steering:
             self.patience = min(2 * self.patience + 3, 63)
             self.skip = self.patience
 
-    def record(self, estimate: Estimate) -> float:
-        """A group was sampled; returns the share of its tokens to be computed exactly, to keep dweight's tolerance.
+    def record(self, estimate: Estimate) -> Tensor:
+        """A group was sampled; returns which of its tokens, (C,) bool, are to be computed exactly all the same.
 
-        A token that is too wrong by itself is computed exactly anyway: failing_tokens. Small errors that add up over a
-        group, where ε was far off for it, are not; of fewer tokens less adds up. Groups to come are expected to be as
-        wrong as aimed at.
+        The whole keeps its tolerance: the worst tokens are, where a group's errors leave too little room for those of
+        the groups to come, which are expected to be as wrong as aimed at. Where errors of dweight add up over a group,
+        any of its tokens are, evenly: of fewer less adds up.
         """
         self.chunks += 1
-        self.ratios.append((estimate.ratio, estimate.size[0]))
-        self.weight += estimate.size[0]
-        later = max(0, self.groups - self.chunks) * self.weight / self.chunks
-        room = max(0.0, self.weight + later - self.coherent - MARGIN**2 / COHERENT * later)
-        exact = 1 - room / estimate.coherent if estimate.coherent > room else 0.0
-        self.coherent += min(estimate.coherent, room)
-        self.kept += exact + (1 - exact) * estimate.share
-        self.largest_mass = max(self.largest_mass, estimate.mass)
-        for k, (error, size) in enumerate(zip(estimate.error, estimate.size, strict=True)):
-            self.error[k] += error
+        self.recent.append(estimate)
+        later = max(0, self.groups - self.chunks) / self.chunks
+        exact = torch.zeros_like(estimate.errors[0].error, dtype=torch.bool)
+        for k, (tolerance, size, error, coherent) in enumerate(estimate.errors):
             self.size[k] += size
+            allowed = tolerance**2 * self.size[k]
+            room = allowed * (CEILING**2 + (CEILING**2 - MARGIN**2) * later) - self.error[k]
+            worst = error.argsort(descending=True)
+            remaining = error[worst].flip(0).cumsum(0).flip(0)  # of a token and of all that are better
+            exact[worst] |= remaining > max(room, 0.0)
+            room = max(0.0, allowed * (1 + (1 - MARGIN**2 / COHERENT) * later) - self.coherent)
+            if coherent > room:  # of a share s of the tokens it is s · alone + s² · (coherent − alone)
+                half = float(error.sum()) / 2
+                square = max(coherent - 2 * half, TINY)
+                left = min(1.0, ((half**2 + square * room) ** 0.5 - half) / square)
+                exact |= (torch.arange(len(exact) + 1, device=exact.device) * (1 - left)).ceil().diff() > 0
+            self.coherent += min(coherent, room)
+            self.error[k] += float(error.masked_fill(exact, 0).sum())
+        moved = float(exact.float().mean())
+        self.kept += moved + (1 - moved) * estimate.share
+        self.largest_mass = max(self.largest_mass, estimate.mass)
         return exact
 
     def adapt(self) -> None:
-        """Move ε by what was recorded since the last time."""
-        if self.ratios:
-            # The groups' mean and that of the whole, of which one group of uncertain tokens may be most.
-            mean = sum(ratio for ratio, _ in self.ratios) / len(self.ratios)
-            whole = sum(ratio * size for ratio, size in self.ratios) / max(sum(size for _, size in self.ratios), TINY)
-            ratio = max(mean, whole)
-            # The squared error is between linear and quadratic in ε: Σ_v n_v (ε − n_v) over the columns with n_v < ε.
-            self.level *= min(4.0, max(0.25, (MARGIN**2 / max(ratio, TINY)) ** 0.7))
-            self.patience = 0
-            self.ratios.clear()
+        """Learn from what was recorded since the last time."""
+        if not self.recent:
+            return
+        groups = len(self.recent)
+        # The groups' mean and that of the whole, of which one group of uncertain tokens may be most.
+        ratios = [estimate.ratio() for estimate in self.recent]
+        sizes = [estimate.errors[0].size for estimate in self.recent]
+        mean = sum(ratios) / groups
+        whole = sum(ratio * size for ratio, size in zip(ratios, sizes, strict=True)) / max(sum(sizes), TINY)
+        self.found += groups * max(mean, whole)
+        self.expected += sum(estimate.expected for estimate in self.recent)
+        self.level = sum(estimate.level for estimate in self.recent) / groups
+        self.patience = 0
+        self.recent.clear()
 
     def report(self) -> tuple[float, float, float, int, int]:
         """columns_kept, max_dropped_mass, estimated_error, dense_chunks, chunks: see GradReport."""
@@ -275,14 +323,9 @@ def failing_tokens(
     size: Tensor,  # (C,), squared
     tolerance: float,
 ) -> Tensor:
-    """(C,) bool: tokens to be computed densely, so that the rest keeps ‖error‖_F ≤ τ ‖size‖_F and, each, 4τ of its own.
+    """(C,) bool: tokens to be computed exactly, so that each of the rest is wrong by no more than 4τ of its own size.
 
     A token predicted with certainty has almost no gradient, and an error relative to its own norm would mean nothing:
     its size counts as at least a tenth of the root mean square.
     """
-    failing = error > (OUTLIER * tolerance) ** 2 * size.clamp(min=NEGLIGIBLE**2 * size.mean())
-    worst = error.argsort(descending=True)
-    # Error of a token and of all that are better than it.
-    remaining = error[worst].flip(0).cumsum(0).flip(0)
-    failing[worst] |= remaining > (CEILING * tolerance) ** 2 * size.sum()
-    return failing
+    return error > (OUTLIER * tolerance) ** 2 * size.clamp(min=NEGLIGIBLE**2 * size.mean())

@@ -17,7 +17,9 @@ C where there is a compiler (cpu_passes.py), and torch's operations otherwise.
 
 from __future__ import annotations
 
+import ctypes
 import math
+import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,17 +34,20 @@ from torch.autograd.function import once_differentiable
 from . import cpu_passes
 from .dispatch import Options, Report
 from .sparse_grad import (
+    COHERENT,
     SKETCH,
     TINY,
+    Errors,
     Estimate,
     Sample,
     Selection,
     Steering,
     alike,
+    choose_epsilon,
     coefficients,
     coherent_variance,
+    counted_tokens,
     failing_tokens,
-    make_estimate,
     make_sample,
     sampling_variance,
     select_columns,
@@ -53,8 +58,8 @@ TILE_ELEMENTS = {"cpu": 1 << 19}  # of one (T, C) tile: 2 MiB of fp32
 OTHER_TILE_ELEMENTS = 1 << 24  # where a launch costs more than leaving the cache
 MAX_WORKERS = 8  # chunks side by side; beyond it Python itself is the limit, and each gets several of torch's threads
 EXACT_CHUNK = 512  # tokens
-SAMPLED_CHUNK = 480  # tokens of one walk over the vocabulary, at most
-SAMPLED_GROUP = 96  # tokens that share columns: fewer need fewer columns, more need fewer gathers
+SAMPLED_CHUNK = 512  # tokens of one walk over the vocabulary, at most
+SAMPLED_GROUP = 96  # tokens that share columns, about: fewer need fewer columns, more need fewer gathers
 ALIKE_AXES = 16  # of the hidden states, in which tokens are compared
 ALIKE_TOKENS = 1024  # that determine them
 ALIGNED = 16  # tokens: a product with another number of them takes up to 1.4 times as long
@@ -66,6 +71,7 @@ TAILS = 32  # in one product with the weight
 FEW_SHARE = 0.5  # of SAMPLE_BYTES: exact tokens whose probabilities fit go with the tails, not over the weight again
 TAIL_ROWS = 1024  # of dweight, filled with the sampled chunks' tails at a time
 UPCAST_ROWS = 4096  # of a 16-bit weight at a time
+HUGE_BYTES = 4 << 20  # from here on a tensor asks for huge pages, as numpy's arrays do
 HALF_TOLERANCE = 2.0**-9  # from here on what is kept for the backward has 16 bits: of rounding that averages out
 HELD_SHARE = 1 / 16  # of the vocabulary whose selection waits for the whole sums
 MAX_KEPT = 0.6  # share of the columns from which on a chunk is computed exactly
@@ -127,6 +133,20 @@ def _side_by_side(function: Callable[[Item], Result], items: Sequence[Item]) -> 
     finally:
         torch.set_num_threads(threads)  # a thread starts with the number that any thread set last
         held.clear()
+
+
+def _new_large(like: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """like.new_empty(shape, dtype) on huge pages, where Linux gives a CPU tensor them on request.
+
+    The first write of a gradient as large as the weight costs a page fault for each of its pages: of 4 KiB ones as much
+    as 4 % of the product.
+    """
+    tensor = like.new_empty(shape, dtype=dtype)
+    if tensor.device.type == "cpu" and tensor.nbytes >= HUGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
+        start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = tensor.data_ptr() + tensor.nbytes - start
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
+    return tensor
 
 
 class _Workspace:
@@ -414,31 +434,26 @@ class _Forward:
         return steering.report()
 
     def sampled_waves(self, rows: Tensor) -> Iterator[Sequence[list[Tensor]]]:
-        """As many chunks of groups of similar tokens at a time as there are workers; the first, a few from everywhere,
-        teach ε."""
-        number = SMALLEST_CHUNK * self.workers
-        step = max(1, len(rows) // number)
-        few = torch.zeros_like(rows, dtype=torch.bool)
-        few[: number * step : step] = True
-        first, others = rows[few].split(SMALLEST_CHUNK), self.alike(rows[~few])
-        yield [[group] for group in first if len(group)]
-        chunks = -(-len(others) // (SAMPLED_CHUNK // SAMPLED_GROUP))
-        chunks = min(-(-chunks // self.workers) * self.workers, len(others))
-        bounds = [len(others) * k // max(chunks, 1) for k in range(chunks + 1)]
-        for start in range(0, chunks, self.workers):
-            yield [others[slice(*pair)] for pair in pairwise(bounds[start : start + self.workers + 1])]
-
-    def alike(self, rows: Tensor) -> list[Tensor]:
-        """``rows`` in groups of tokens that have similar hidden states."""
+        """Even chunks of groups of similar tokens, as many at a time as there are workers."""
         if not len(rows):
-            return []
+            return
+        chunks = -(-len(rows) // SAMPLED_CHUNK)
+        chunks = min(-(-chunks // self.workers) * self.workers, max(1, len(rows) // ALIGNED))
+        each = max(1, round(len(rows) / chunks / SAMPLED_GROUP))
+        sizes = [size for chunk in _even_sizes(len(rows), chunks) for size in _even_sizes(chunk, each)]
+        groups = self.alike(rows, sizes)
+        for start in range(0, len(groups), each * self.workers):
+            wave = groups[start : start + each * self.workers]
+            yield [wave[k : k + each] for k in range(0, len(wave), each)]
+
+    def alike(self, rows: Tensor, sizes: list[int]) -> list[Tensor]:
+        """``rows`` in groups of these sizes, of tokens that have similar hidden states."""
         few = self.hidden[rows[:: -(-len(rows) // ALIKE_TOKENS)]].to(self.head.dtype)
         few -= few.mean(0)
         axes = self.sketch[:, :ALIKE_AXES]
         for _ in range(2):  # towards the largest principal components
             axes = torch.linalg.qr(few.T @ (few @ axes)).Q
         features = torch.cat([self.hidden[chunk].to(self.head.dtype) @ axes for chunk in rows.split(EXACT_CHUNK)])
-        sizes = _even_sizes(len(rows), -(-len(rows) // SAMPLED_GROUP))
         return [rows[tokens.to(rows.device)] for tokens in alike(features, sizes)]
 
     def finish(self) -> None:
@@ -529,7 +544,8 @@ class _Forward:
         for groups, workspace in zip(wave, self.workspaces, strict=False):
             shape = (len(groups), self.head.weight.shape[0])
             uniform = torch.rand(shape, generator=self.generator, device=groups[0].device, dtype=self.head.dtype)
-            chunks.append(_Chunk(groups, uniform, workspace, steering.epsilon(max(map(len, groups))), typical))
+            lowest, budget = steering.lowest_epsilon(max(map(len, groups))), steering.budget()
+            chunks.append(_Chunk(groups, uniform, workspace, lowest, budget, typical))
         for chunk, found in zip(chunks, _side_by_side(self.sampled_chunk, chunks), strict=True):
             if found is None:
                 steering.record_dense(len(chunk.groups), in_vain=True)
@@ -539,11 +555,9 @@ class _Forward:
                     steering.record_dense(1)
                 else:
                     part, exact = group.sampled, steering.record(group.estimate)
-                    if exact > 0:  # of its tokens, evenly
-                        steps = (torch.arange(len(part.rows) + 1, device=part.rows.device) * exact).ceil()
-                        moved = steps.diff() > 0
-                        dense.append(part.rows[moved])
-                        part = part.of(~moved)
+                    if exact.any():
+                        dense.append(part.rows[exact])
+                        part = part.of(~exact)
                     self.sampled.append(part)
                     self.make_room(sum(field.nbytes for field in part if field is not None))
                 dense.append(group.failing)
@@ -566,58 +580,90 @@ class _Forward:
         One walk serves several groups of tokens, each with columns of its own: a wide product is the faster one, and
         few tokens need fewer columns.
         """
-        groups, uniform, workspace, epsilon, typical = chunk
+        groups, uniform, workspace, lowest, budget, typical = chunk
         head, rows = self.head, torch.cat(groups)
         targets = self.targets[rows]
         hidden = head.product_input(self.hidden[rows])
         walk = _Pass(head, hidden, targets, self.stats, head.target_logits(hidden, targets), workspace)
         bounds = [0, *accumulate(map(len, groups))]
-        candidates = _candidates(walk, bounds, epsilon, typical, uniform)
-        if candidates is None:
+        found = _candidates(walk, bounds, lowest, typical, uniform)
+        if found is None:
             return None
         if walk.overflowed():
             return [_Group(group, None, None) for group in groups]
         self.emit(rows, walk)
+        candidates, squares = found
+        parts = [slice(*pair) for pair in pairwise(bounds)]
+        counted = sum(counted_tokens(walk.rest[part], walk.target[part], typical) for part in parts)
+        epsilon, error = choose_epsilon(squares, lowest, budget * counted)
+        expected = error / (self.tolerance**2 * counted)
         return [
-            self.sampled_group(group, walk, slice(*pair), found, epsilon, typical)
-            for group, pair, found in zip(groups, pairwise(bounds), candidates, strict=True)
+            self.sampled_group(group, walk, part, columns, typical, epsilon, expected)
+            for group, part, columns in zip(groups, parts, candidates, strict=True)
         ]
 
-    def sampled_group(
-        self, rows: Tensor, walk: _Pass, group: slice, found: _Candidates, epsilon: float, typical: float
-    ) -> _Group:
-        head, targets, workspace = self.head, walk.targets[group], walk.workspace
-        hidden = walk.hidden[group]
-        rest, target, gradient_rest = walk.rest[group], walk.target[group], walk.gradient_rest[group]
-        total = rest + target
-        columns, mass = found.columns, found.mass
-        squares = torch.mul(found.exp, found.exp, out=workspace("squares", *found.exp.shape))
-        score = squares.mv(token_weights(rest, target, typical).square_()).sqrt_()
-        chosen, keep = select_columns(score, epsilon, found.uniform[columns])
-        if len(chosen) > MAX_KEPT * len(mass):
-            return _Group(rows, None, None)
+    def draw(
+        self,
+        found: _Candidates,
+        score: Tensor,  # (S,), of the candidates
+        epsilon: float,
+        total: Tensor,  # (C,), Σ_v e_v
+        others: Tensor,  # (C,), Σ_{v≠y} p_v · slope_v
+        workspace: _Workspace,
+    ) -> _Drawn | None:
+        """None where too many columns are needed. A lower ε after a higher one adds columns to those drawn."""
+        chosen, keep = select_columns(score, epsilon, found.uniform[found.columns])
+        if len(chosen) > MAX_KEPT * len(found.mass):
+            return None
         wrapped = -int(torch.searchsorted(chosen, found.wrap))
         chosen, keep = chosen.roll(wrapped), keep.roll(wrapped)  # the vocabulary's order
-        columns = columns[chosen]
-        probs = torch.index_select(found.exp, 0, chosen, out=workspace("probs", len(chosen), len(rows))).div_(total)
-        others, at_target = gradient_rest / total, self.at_target[rows]
-        sample = make_sample(Selection(columns, keep), probs, mass, others)
+        shape = len(chosen), len(total)
+        probs = torch.index_select(found.exp, 0, chosen, out=workspace("probs", *shape)).div_(total)
+        sample = make_sample(Selection(found.columns[chosen], keep), probs, found.mass, others)
         coefs, remainder = coefficients(sample, probs, others)
-        squares = torch.mul(coefs, coefs, out=workspace("squares", *coefs.shape))
+        return _Drawn(sample, coefs, remainder, torch.mul(coefs, coefs, out=workspace("squares", *shape)))
+
+    def sampled_group(
+        self,
+        rows: Tensor,
+        walk: _Pass,
+        group: slice,
+        found: _Candidates,
+        typical: float,
+        epsilon: float,
+        expected: float,
+    ) -> _Group:
+        head, targets, workspace = self.head, walk.targets[group], walk.workspace
+        hidden, rest, target = walk.hidden[group], walk.rest[group], walk.target[group]
+        total = rest + target
+        others, at_target = walk.gradient_rest[group] / total, self.at_target[rows]
+        squares = torch.mul(found.exp, found.exp, out=workspace("squares", *found.exp.shape))
+        score = squares.mv(token_weights(rest, target, typical).square_()).sqrt_()
+        drawn = self.draw(found, score, epsilon, total, others, workspace)
+        if drawn is not None and self.need_weight:
+            states = hidden.to(head.dtype)
+            length, projected = states.square().sum(1), states @ self.sketch
+            keep, squares = drawn.sample.keep, drawn.squares
+            coherent = coherent_variance(keep, drawn.coefficients, projected)
+            limit = self.tolerances[1] ** 2 * float(length @ (at_target.square() + keep @ squares)) / COHERENT
+            if coherent > limit:
+                less = max(found.lowest, epsilon * (limit / coherent) ** 0.7)
+                drawn = self.draw(found, score, less, total, others, workspace)
+        if drawn is None:
+            return _Group(rows, None, None)
+        sample, coefs, remainder, squares = drawn
+        columns, keep, tail, mass = sample
 
         failing = torch.zeros_like(targets, dtype=torch.bool)
         errors = []
         if self.need_weight:
-            states = hidden.to(head.dtype)
-            length = states.square().sum(1)
             error = length * ((1 - keep) @ squares)
             size = length * (at_target.square() + keep @ squares)
             failing |= failing_tokens(error, size, self.tolerances[1])
-            coherent = coherent_variance(keep, coefs, states @ self.sketch)
-            errors.append((error, size, self.tolerances[1], coherent))
+            errors.append(Errors(self.tolerances[1], float(size.sum()), error))
         if self.unscaled is not None:
             unscaled = head.rows(targets).mul_(at_target[:, None])
-            share = sample.tail[columns] / keep
+            share = tail[columns] / keep
             sums, error = share.new_zeros(hidden.shape[1]), torch.zeros_like(total)
             mean = sums  # of no columns at all, as NaN draws them
             for block in _blocks(slice(0, len(columns)), GATHER_ROWS):
@@ -629,19 +675,19 @@ class _Forward:
             size = torch.addr(unscaled, remainder, mean, alpha=-1).square_().sum(1)
             failing |= failing_tokens(error, size, self.tolerances[0])
             self.unscaled[rows] = unscaled
-            errors.append((error, size, self.tolerances[0], 0.0))
-        estimate = make_estimate(errors, failing, len(columns) / len(mass), float(sample.mass.max()))
-        if failing.any():
-            coefs, remainder = coefs[:, ~failing], remainder[~failing]
-            sample = sample._replace(mass=sample.mass[~failing])
-            if self.need_weight:
-                coherent = coherent_variance(keep, coefs, states[~failing] @ self.sketch)
-                estimate = estimate._replace(coherent=coherent / self.tolerances[1] ** 2)
+            errors.append(Errors(self.tolerances[0], float(size.sum()), error))
+        some = ~failing if failing.any() else slice(None)
+        coefs = coefs[:, some]
+        errors = [of._replace(error=of.error[some]) for of in errors]
+        if self.need_weight:
+            errors[0] = errors[0]._replace(coherent=coherent_variance(keep, coefs, projected[some]))
+        share = len(columns) / len(tail)
+        estimate = Estimate(errors, share, float(mass.max()), epsilon / len(rows) ** 0.5, expected)
         kept = None
         if self.need_weight and self.sample_left > 0:
             kept = coefs.to(torch.float16 if self.halves else coefs.dtype, copy=True)
-        tail = sample.tail.to(torch.bfloat16) if self.halves else sample.tail
-        sampled = _Sampled(rows[~failing], columns, keep, tail, sample.mass, remainder, kept)
+        tail = tail.to(torch.bfloat16) if self.halves else tail
+        sampled = _Sampled(rows[some], columns, keep, tail, mass[some], remainder[some], kept)
         return _Group(rows[failing], sampled, estimate)
 
 
@@ -651,8 +697,18 @@ class _Chunk(NamedTuple):
     groups: list[Tensor]  # (C,) each, indices of tokens
     uniform: Tensor  # (groups, V), the draws
     workspace: _Workspace
-    epsilon: float
+    lowest: float  # ε
+    budget: float  # of a token's squared error
     typical: float  # 1 − p_y of the tokens before
+
+
+class _Drawn(NamedTuple):
+    """A draw of columns for one group of tokens."""
+
+    sample: Sample
+    coefficients: Tensor  # (S, C)
+    remainder: Tensor  # (C,)
+    squares: Tensor  # (S, C), of the coefficients
 
 
 class _Group(NamedTuple):
@@ -697,13 +753,23 @@ class _Kept:
             for k, count in enumerate(self.counts.tolist()):
                 self.columns[k, :count], self.exp[k, :count] = columns[k, :count], exp[k, :count]
 
-    def keep(self, exp: Tensor, first: int, average: Tensor, weights: Tensor, threshold: Tensor, mass: Tensor) -> None:
+    def keep(
+        self,
+        exp: Tensor,
+        first: int,
+        average: Tensor,
+        weights: Tensor,
+        threshold: Tensor,
+        mass: Tensor,
+        square: Tensor,
+    ) -> None:
         """cpu_passes.keep_columns in torch."""
         bounds = self.bounds.tolist()
         for k, (start, stop) in enumerate(pairwise(bounds)):
             part = exp[:, start:stop]
             torch.mv(part, average[start:stop], out=mass[k])
-            columns = (threshold[k] < part.square().mv(weights[start:stop])).nonzero().squeeze(-1)
+            torch.mv(part.square(), weights[start:stop], out=square[k])
+            columns = (threshold[k] < square[k]).nonzero().squeeze(-1)
             self.reserve(len(columns))
             count = int(self.counts[k])
             self.columns[k, count : count + len(columns)] = columns + first
@@ -717,14 +783,16 @@ class _Candidates(NamedTuple):
     columns: Tensor  # (S,), ascending but for the first of the vocabulary, which come last
     exp: Tensor  # (S, C), e · slope
     wrap: int  # where those first ones begin
+    lowest: float  # ε for which they are enough
     mass: Tensor  # (V,), Σ_t p_tv of all columns
     uniform: Tensor  # (V,), the draw
 
 
 def _candidates(
     walk: _Pass, bounds: list[int], epsilon: float, typical: float, uniform: Tensor
-) -> list[_Candidates] | None:
-    """Walk over the vocabulary and keep the columns that each group may need; None where those are too many.
+) -> tuple[list[_Candidates], Tensor] | None:
+    """Walk over the vocabulary and keep the columns that each group may need, with the squared scores of all (groups,
+    V); None where those are too many.
 
     A tile is gone before the sums over all tiles are known. Sums still incomplete give weights that choose too many
     columns, and a p that is too large; both matter little once the tokenizer's first entries, the frequent ones, are
@@ -732,14 +800,14 @@ def _candidates(
     """
     (n_groups, vocab), workspace, kept = uniform.shape, walk.workspace, walk.workspace.kept
     groups = [slice(*pair) for pair in pairwise(bounds)]
-    mass = torch.empty_like(uniform)
+    mass, square = torch.empty_like(uniform), torch.empty_like(uniform)
     threshold = (uniform * epsilon).square_()
     held: list[tuple[slice, Tensor]] = []
     kept.start(bounds, vocab // 16)
     refresh = 0
 
     def examine(tile: slice, exp: Tensor) -> None:
-        arguments = exp, tile.start, average, weights, threshold[:, tile], mass[:, tile]
+        arguments = exp, tile.start, average, weights, threshold[:, tile], mass[:, tile], square[:, tile]
         if walk.compiled:
             kept.reserve(len(exp))
             cpu_passes.keep_columns(*arguments, kept.bounds, kept.counts, kept.columns, kept.exp)
@@ -765,10 +833,18 @@ def _candidates(
     wraps = kept.counts.tolist()
     for tile, exp in held:
         examine(tile, exp)
-    return [
-        _Candidates(kept.columns[k, :count], kept.exp[k, :count, : group.stop - group.start], wrap, mass[k], uniform[k])
+    candidates = [
+        _Candidates(
+            kept.columns[k, :count],
+            kept.exp[k, :count, : group.stop - group.start],
+            wrap,
+            epsilon,
+            mass[k],
+            uniform[k],
+        )
         for k, (group, count, wrap) in enumerate(zip(groups, kept.counts.tolist(), wraps, strict=True))
     ]
+    return candidates, square
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -964,9 +1040,14 @@ def _unflatten(fields: Iterable[Any], *kinds: tuple[type[NamedTuple], int]) -> l
 
 def _times_weight(left: Tensor, head: _Head) -> Tensor:
     """(n, H) = left (n, V) @ weight, upcasting a tile of a 16-bit weight at a time."""
-    if head.weight.dtype == head.dtype:
-        return left @ head.weight
-    out = left.new_zeros(left.shape[0], head.weight.shape[1])
-    for tile in _blocks(slice(0, left.shape[1]), UPCAST_ROWS):
-        out.addmm_(left[:, tile], head.rows(tile))
-    return out
+    vocab, hidden_size = head.weight.shape
+    size = vocab if head.weight.dtype == head.dtype else UPCAST_ROWS
+
+    def part(span: slice) -> Tensor:
+        out = left.new_zeros(len(left), hidden_size)
+        for tile in _blocks(span, size):
+            out.addmm_(left[:, tile], head.rows(tile))
+        return out
+
+    parts = _side_by_side(part, _even_spans(vocab, [], _workers(left.device)))
+    return torch.stack(parts).sum(0)

@@ -85,19 +85,19 @@ def test_kept_columns(bounds, compiled):
     threshold = torch.rand(groups, vocab) * 4 * weights.sum() / groups
     results = []
     for in_c in (True, False):
-        kept, mass = torch_backend._Kept(exp), torch.empty(groups, vocab)
+        kept, mass, square = torch_backend._Kept(exp), torch.empty(groups, vocab), torch.empty(groups, vocab)
         kept.start(bounds, 1)
         for start in range(0, vocab, tile):
             rows = slice(start, min(start + tile, vocab))
             part = exp[rows]
-            arguments = part, start, average, weights, threshold[:, rows], mass[:, rows]
+            arguments = part, start, average, weights, threshold[:, rows], mass[:, rows], square[:, rows]
             if in_c:
                 kept.reserve(len(part))
                 cpu_passes.keep_columns(*arguments, kept.bounds, kept.counts, kept.columns, kept.exp)
             else:
                 kept.keep(*arguments)
-        results.append((kept, mass))
-    (in_c, mass), (in_torch, plain_mass) = results
+        results.append((kept, mass, square))
+    (in_c, mass, square), (in_torch, plain_mass, plain_square) = results
     assert in_c.counts.tolist() == in_torch.counts.tolist()
     for k, (start, stop) in enumerate(pairwise(bounds)):
         count = int(in_c.counts[k])
@@ -106,8 +106,9 @@ def test_kept_columns(bounds, compiled):
         assert torch.equal(columns, in_torch.columns[k, :count])
         for kept in (in_c, in_torch):
             assert torch.equal(kept.exp[k, :count, : stop - start], exp[columns, start:stop])
-        truth = exp[:, start:stop].double() @ average[start:stop].double()
-        assert_as_good_as_plain(mass[k], plain_mass[k], truth)
+        part = exp[:, start:stop].double()
+        assert_as_good_as_plain(mass[k], plain_mass[k], part @ average[start:stop].double())
+        assert_as_good_as_plain(square[k], plain_square[k], part.square() @ weights[start:stop].double())
 
 
 @pytest.mark.parametrize("tolerance", [0.0, 2.0**-6])
