@@ -14,24 +14,26 @@ enum { BLOCK_ROWS = 32, PANEL = 512 };
 
 /* eˣ = 2ⁿ · eʳ with n = round(x / ln 2) and |r| ≤ ln 2 / 2, where eʳ ≈ 1 + r + r² q(r); q is the polynomial of least
  * relative error, 3e-9, so that what remains is rounding. ln 2 is split in two, the first part with few enough bits
- * that n times it is exact. Below 2⁻¹²⁶ the result is 0, above
- * 2^127.5 infinite; NaN stays NaN. */
-static inline float exponential(float x)
+ * that n times it is exact. A sum with 1.5 · 2²³ rounds to an integer and has it in its last bits, from where it goes
+ * into an exponent. Below 2^-126.5 the result is 0, above 2^127.5 infinite, whatever all this makes of such an x; NaN
+ * stays NaN. */
+static inline float exponential(const float x)
 {
-    x = x < -104.0f ? -104.0f : x; /* −∞ − n ln 2 would be NaN */
-    float n = rintf(x * 1.44269504f);
-    n = n > -127.0f ? n : -127.0f; /* also for NaN, which has no integer */
-    n = n < 128.0f ? n : 128.0f;
+    const float round = 12582912.0f;
+    const float rounded = fmaf(x, 1.44269504f, round), n = rounded - round;
     const float r = fmaf(n, -1.42860677e-6f, fmaf(n, -0.693145752f, x));
     float q = 1.38145988e-3f;
     q = fmaf(q, r, 8.36871658e-3f);
     q = fmaf(q, r, 4.16683890e-2f);
     q = fmaf(q, r, 1.66665211e-1f);
     q = fmaf(q, r, 4.99999970e-1f);
-    const int32_t bits = ((int32_t)n + 127) * (1 << 23);
+    uint32_t bits;
+    memcpy(&bits, &rounded, sizeof bits);
+    bits = (bits + 127) << 23;
     float power;
     memcpy(&power, &bits, sizeof power);
-    return (1.0f + fmaf(q, r * r, r)) * power;
+    const float e = (1.0f + fmaf(q, r * r, r)) * power;
+    return x < -87.6831131f ? 0.0f : x > 88.3762589f ? INFINITY : e;
 }
 
 static inline void exp_and_sum(const int kinds, float *restrict logits, const int64_t rows, const int64_t tokens,

@@ -30,14 +30,13 @@ EPSILON_STEPS = 4
 # are 0.95 to 1.5 for text and mixtures of certain and uncertain tokens, up to 2.5 where all are certain.
 EXPECTED, PRIOR = 1.2, 4
 MARGIN = 0.7  # of the tolerance, aimed at: a group scatters by some 15 %
-COHERENT = (
-    0.75  # weight of the error that dweight would have if all upstream gradients were equal: it needs less margin
-)
+# dweight's squared error if all upstream gradients were equal: what it counts for, since it needs less margin, and how
+# many squared tolerances of it make a group draw more columns.
+COHERENT, COHERENT_LIMIT = 0.75, 4 / 3
 CEILING = 0.9  # of the tolerance: an estimate above it is brought down to it by exact tokens
 OUTLIER = 4.0  # tolerances that a token may be wrong by, as far as the draw shows: measured are up to 7
 SKETCH = 64  # dimensions in which the norms of dweight's rows are estimated
 NEGLIGIBLE = 0.1  # a token's gradient counts as at least this much of its group's root mean square
-
 
 TINY = 1e-30  # no division by zero
 

@@ -34,7 +34,7 @@ from torch.autograd.function import once_differentiable
 from . import cpu_passes
 from .dispatch import Options, Report
 from .sparse_grad import (
-    COHERENT,
+    COHERENT_LIMIT,
     SKETCH,
     TINY,
     Errors,
@@ -639,26 +639,26 @@ class _Forward:
         others, at_target = walk.gradient_rest[group] / total, self.at_target[rows]
         squares = torch.mul(found.exp, found.exp, out=workspace("squares", *found.exp.shape))
         score = squares.mv(token_weights(rest, target, typical).square_()).sqrt_()
-        drawn = self.draw(found, score, epsilon, total, others, workspace)
-        if drawn is not None and self.need_weight:
-            states = hidden.to(head.dtype)
-            length, projected = states.square().sum(1), states @ self.sketch
-            keep, squares = drawn.sample.keep, drawn.squares
-            coherent = coherent_variance(keep, drawn.coefficients, projected)
-            limit = self.tolerances[1] ** 2 * float(length @ (at_target.square() + keep @ squares)) / COHERENT
-            if coherent > limit:
-                less = max(found.lowest, epsilon * (limit / coherent) ** 0.7)
-                drawn = self.draw(found, score, less, total, others, workspace)
-        if drawn is None:
-            return _Group(rows, None, None)
-        sample, coefs, remainder, squares = drawn
-        columns, keep, tail, mass = sample
+        level = epsilon / len(rows) ** 0.5
+        states = hidden.to(head.dtype)
+        length, projected = states.square().sum(1), states @ self.sketch
+        coherent = 0.0
+        for _ in range(2):
+            drawn = self.draw(found, score, epsilon, total, others, workspace)
+            if drawn is None:
+                return _Group(rows, None, None)
+            (columns, keep, tail, mass), coefs, remainder, squares = drawn
+            if not self.need_weight:
+                break
+            error, size = length * ((1 - keep) @ squares), length * (at_target.square() + keep @ squares)
+            coherent, limit = coherent_variance(keep, coefs, projected), COHERENT_LIMIT * self.tolerances[1] ** 2
+            if not coherent > limit * float(size.sum()):
+                break  # else what adds up over the group is cheaper met by more columns than by exact tokens
+            epsilon = max(found.lowest, epsilon * (limit * float(size.sum()) / coherent) ** 0.7)
 
         failing = torch.zeros_like(targets, dtype=torch.bool)
         errors = []
         if self.need_weight:
-            error = length * ((1 - keep) @ squares)
-            size = length * (at_target.square() + keep @ squares)
             failing |= failing_tokens(error, size, self.tolerances[1])
             errors.append(Errors(self.tolerances[1], float(size.sum()), error))
         if self.unscaled is not None:
@@ -680,9 +680,9 @@ class _Forward:
         coefs = coefs[:, some]
         errors = [of._replace(error=of.error[some]) for of in errors]
         if self.need_weight:
-            errors[0] = errors[0]._replace(coherent=coherent_variance(keep, coefs, projected[some]))
-        share = len(columns) / len(tail)
-        estimate = Estimate(errors, share, float(mass.max()), epsilon / len(rows) ** 0.5, expected)
+            coherent = coherent_variance(keep, coefs, projected[some]) if failing.any() else coherent
+            errors[0] = errors[0]._replace(coherent=coherent)
+        estimate = Estimate(errors, len(columns) / len(tail), float(mass.max()), level, expected)
         kept = None
         if self.need_weight and self.sample_left > 0:
             kept = coefs.to(torch.float16 if self.halves else coefs.dtype, copy=True)
