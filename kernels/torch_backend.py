@@ -66,7 +66,7 @@ ALIGNED = 16  # tokens: a product with another number of them takes up to 1.4 ti
 SMALLEST_CHUNK = 64  # tokens: fewer are not shared out among workers
 PROBS_BYTES = 512 << 20  # of exact probabilities kept for the backward; beyond it they are recomputed
 SAMPLE_BYTES = 48 << 20  # kept of samples for the backward; beyond it their coefficients are recomputed
-GATHER_ROWS = 2048  # of the weight, gathered at a time
+GATHER_ROWS = 512  # of the weight, gathered at a time and used while in the cache
 TAILS = 32  # in one product with the weight
 FEW_SHARE = 0.5  # of SAMPLE_BYTES: exact tokens whose probabilities fit go with the tails, not over the weight again
 TAIL_ROWS = 1024  # of dweight, filled with the sampled chunks' tails at a time
@@ -411,9 +411,10 @@ class _Forward:
         if self.tolerance == 0:
             self.exact_chunks(rows)
             return None
-        steering = Steering(self.tolerance, -(-len(rows) // SAMPLED_GROUP))
+        waves = self.sampled_waves(rows)
+        steering = Steering(self.tolerance, sum(len(chunk) for wave in waves for chunk in wave))
         dense = [rows[:0]]
-        for wave in self.sampled_waves(rows):
+        for wave in waves:
             tried = []
             for chunk in wave:
                 if steering.wants_dense(len(chunk)):
@@ -433,18 +434,17 @@ class _Forward:
         self.finish()
         return steering.report()
 
-    def sampled_waves(self, rows: Tensor) -> Iterator[Sequence[list[Tensor]]]:
-        """Even chunks of groups of similar tokens, as many at a time as there are workers."""
+    def sampled_waves(self, rows: Tensor) -> list[list[list[Tensor]]]:
+        """Even chunks of groups of similar tokens, as many in a wave as there are workers."""
         if not len(rows):
-            return
+            return []
         chunks = -(-len(rows) // SAMPLED_CHUNK)
         chunks = min(-(-chunks // self.workers) * self.workers, max(1, len(rows) // ALIGNED))
         each = max(1, round(len(rows) / chunks / SAMPLED_GROUP))
         sizes = [size for chunk in _even_sizes(len(rows), chunks) for size in _even_sizes(chunk, each)]
         groups = self.alike(rows, sizes)
-        for start in range(0, len(groups), each * self.workers):
-            wave = groups[start : start + each * self.workers]
-            yield [wave[k : k + each] for k in range(0, len(wave), each)]
+        in_chunks = [groups[k : k + each] for k in range(0, len(groups), each)]
+        return [in_chunks[k : k + self.workers] for k in range(0, chunks, self.workers)]
 
     def alike(self, rows: Tensor, sizes: list[int]) -> list[Tensor]:
         """``rows`` in groups of these sizes, of tokens that have similar hidden states."""
@@ -538,29 +538,33 @@ class _Forward:
         """Sample the gradient of each chunk, groups of tokens; returns the tokens for which that does not do."""
         if not wave:
             return []
-        dense, chunks = [], []
+        dense: list[Tensor] = []
+        groups: list[_Group] = []
+        chunks = []
         seen = self.others[self.others > 0]
         typical = float(seen.square().mean().sqrt()) if len(seen) else math.inf
-        for groups, workspace in zip(wave, self.workspaces, strict=False):
-            shape = (len(groups), self.head.weight.shape[0])
-            uniform = torch.rand(shape, generator=self.generator, device=groups[0].device, dtype=self.head.dtype)
-            lowest, budget = steering.lowest_epsilon(max(map(len, groups))), steering.budget()
-            chunks.append(_Chunk(groups, uniform, workspace, lowest, budget, typical))
+        for tokens, workspace in zip(wave, self.workspaces, strict=False):
+            shape = (len(tokens), self.head.weight.shape[0])
+            uniform = torch.rand(shape, generator=self.generator, device=tokens[0].device, dtype=self.head.dtype)
+            lowest, budget = steering.lowest_epsilon(max(map(len, tokens))), steering.budget()
+            chunks.append(_Chunk(tokens, uniform, workspace, lowest, budget, typical))
         for chunk, found in zip(chunks, _side_by_side(self.sampled_chunk, chunks), strict=True):
             if found is None:
                 steering.record_dense(len(chunk.groups), in_vain=True)
                 dense += chunk.groups
-            for group in found or ():
-                if group.sampled is None or group.estimate is None:
-                    steering.record_dense(1)
-                else:
-                    part, exact = group.sampled, steering.record(group.estimate)
-                    if exact.any():
-                        dense.append(part.rows[exact])
-                        part = part.of(~exact)
-                    self.sampled.append(part)
-                    self.make_room(sum(field.nbytes for field in part if field is not None))
-                dense.append(group.failing)
+            groups += found or ()
+        # Those that are least wrong first: the others then know what room is left.
+        for group in sorted(groups, key=lambda group: group.estimate.ratio() if group.estimate else 0.0):
+            if group.sampled is None or group.estimate is None:
+                steering.record_dense(1)
+            else:
+                part, exact = group.sampled, steering.record(group.estimate)
+                if exact.any():
+                    dense.append(part.rows[exact])
+                    part = part.of(~exact)
+                self.sampled.append(part)
+                self.make_room(sum(field.nbytes for field in part if field is not None))
+            dense.append(group.failing)
         steering.adapt()
         return dense
 

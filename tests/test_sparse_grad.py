@@ -118,10 +118,14 @@ def test_error_stays_within_the_tolerance(source, options, tolerance, upstream):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_errors_that_add_up_stay_within_the_tolerance(seed):
-    """Of tokens with one upstream gradient and much of their direction in common, as groups of similar ones have."""
+def test_errors_that_add_up_stay_within_the_tolerance(seed, monkeypatch):
+    """Of tokens with one upstream gradient and much of their direction in common, as groups of similar ones have: such
+    a group draws again."""
     operands, upstream, tolerance = flat(), torch.ones(N), 2.0**-4
-    _, ours = fast(*operands, upstream, grad_tolerance=tolerance, seed=seed)
+    draws, draw = [], torch_backend._Forward.draw
+    monkeypatch.setattr(torch_backend._Forward, "draw", lambda *given: draws.append(None) or draw(*given))
+    stats, ours = fast(*operands, upstream, grad_tolerance=tolerance, seed=seed)
+    assert len(draws) > stats.grad_report.chunks
     assert relative_error(ours["weight"], truth(*operands, upstream)["weight"]) <= tolerance
 
 
@@ -306,6 +310,49 @@ def test_logits_far_above_the_target_run_dense():
     assert stats.logprobs.isfinite().all()
     for name, grad in exact.items():
         assert relative_error(ours[name], grad) < 2.0**-5
+
+
+@pytest.mark.parametrize("budget", [1e-3, 1.0, 100.0])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_choose_epsilon(groups, budget):
+    scores = torch.rand(groups, 5000) ** 8
+    epsilon, error = sparse_grad.choose_epsilon(scores.square(), 1e-4, budget)
+
+    def expected(epsilon):
+        return float((scores * (epsilon - scores).clamp(min=0)).sum(dtype=torch.float64))
+
+    assert error == pytest.approx(budget, rel=1e-3)
+    assert expected(epsilon) == pytest.approx(budget, rel=0.05)
+    lowest, error = sparse_grad.choose_epsilon(scores.square(), 2 * epsilon, budget)
+    assert lowest == 2 * epsilon, "no less than what columns were kept for"
+    assert error == pytest.approx(expected(lowest), rel=1e-3)
+
+
+def test_choose_epsilon_where_nothing_is_left():
+    epsilon, error = sparse_grad.choose_epsilon(torch.zeros(2, 10), 1e-3, 1.0)
+    assert epsilon > 1e3 and math.isfinite(error)
+
+
+@pytest.mark.parametrize("source", ["text", "mixture"])
+@pytest.mark.parametrize("tolerance", [2.0**-4, 2.0**-6, 2.0**-8], ids=str)
+def test_the_first_walk_is_as_good_as_any(source, tolerance, monkeypatch):
+    """ε comes from what a chunk's own scores foresee: one walk alone, which learned from none, comes near the aim."""
+    monkeypatch.setattr(torch_backend, "SAMPLED_CHUNK", N)
+    monkeypatch.setattr(torch_backend, "MAX_WORKERS", 1)
+    stats, _ = fast(*INPUTS[source](), torch.ones(N), grad_tolerance=tolerance)
+    assert 0.45 * tolerance < stats.grad_report.estimated_error < 1.001 * sparse_grad.CEILING * tolerance
+
+
+def test_the_worst_tokens_make_room():
+    """Of a group whose errors exceed the tolerance, unless groups to come are expected to leave room for them."""
+    tolerance, error = 2.0**-6, torch.tensor([1.0, 5.0, 2.0, 9.0])
+    size = float(error.sum()) / (2 * tolerance) ** 2  # twice as wrong as allowed
+    estimate = sparse_grad.Estimate([sparse_grad.Errors(tolerance, size, error)], 0.1, 0.1, 1.0, 1.0)
+    steering = sparse_grad.Steering(tolerance, groups=1)
+    assert steering.record(estimate).tolist() == [False, True, False, True]
+    assert steering.report()[0] == pytest.approx(0.5 + 0.5 * 0.1)  # columns: all for half of the tokens
+    assert steering.report()[2] <= sparse_grad.CEILING * tolerance
+    assert not sparse_grad.Steering(tolerance, groups=100).record(estimate).any()
 
 
 @pytest.mark.parametrize("epsilon", [0.1, 1.0, 30.0])
