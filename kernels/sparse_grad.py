@@ -270,8 +270,8 @@ class Steering:
         """A group was sampled; returns which of its tokens, (C,) bool, are to be computed exactly all the same.
 
         The whole keeps its tolerance: the worst tokens are, where a group's errors leave too little room for those of
-        the groups to come, which are expected to be as wrong as aimed at. Where errors of dweight add up over a group,
-        any of its tokens are, evenly: of fewer less adds up.
+        the groups to come, which are expected to be as wrong as aimed at and may be. Where errors of dweight add up
+        over a group, any of its tokens are, evenly: of fewer less adds up.
         """
         self.chunks += 1
         self.recent.append(estimate)
@@ -279,12 +279,12 @@ class Steering:
         exact = torch.zeros_like(estimate.errors[0].error, dtype=torch.bool)
         for k, (tolerance, size, error, coherent) in enumerate(estimate.errors):
             self.size[k] += size
-            allowed = tolerance**2 * self.size[k]
-            room = allowed * (CEILING**2 + (CEILING**2 - MARGIN**2) * later) - self.error[k]
+            allowed, own = tolerance**2 * self.size[k], (MARGIN * tolerance) ** 2 * size
+            room = max(own, allowed * (CEILING**2 + (CEILING**2 - MARGIN**2) * later) - self.error[k])
             worst = error.argsort(descending=True)
             remaining = error[worst].flip(0).cumsum(0).flip(0)  # of a token and of all that are better
-            exact[worst] |= remaining > max(room, 0.0)
-            room = max(0.0, allowed * (1 + (1 - MARGIN**2 / COHERENT) * later) - self.coherent)
+            exact[worst] |= remaining > room
+            room = max(own / COHERENT, allowed * (1 + (1 - MARGIN**2 / COHERENT) * later) - self.coherent)
             if coherent > room:  # of a share s of the tokens it is s · alone + s² · (coherent − alone)
                 half = float(error.sum()) / 2
                 square = max(coherent - 2 * half, TINY)

@@ -340,7 +340,7 @@ def test_the_first_walk_is_as_good_as_any(source, tolerance, monkeypatch):
     monkeypatch.setattr(torch_backend, "SAMPLED_CHUNK", N)
     monkeypatch.setattr(torch_backend, "MAX_WORKERS", 1)
     stats, _ = fast(*INPUTS[source](), torch.ones(N), grad_tolerance=tolerance)
-    assert 0.45 * tolerance < stats.grad_report.estimated_error < 1.001 * sparse_grad.CEILING * tolerance
+    assert 0.45 * tolerance < stats.grad_report.estimated_error < 0.95 * tolerance
 
 
 def test_the_worst_tokens_make_room():
