@@ -36,6 +36,7 @@ COHERENT, COHERENT_LIMIT = 0.75, 4 / 3
 CEILING = 0.9  # of the tolerance: an estimate above it is brought down to it by exact tokens
 OUTLIER = 4.0  # tolerances that a token may be wrong by, as far as the draw shows: measured are up to 7
 SKETCH = 64  # dimensions in which the norms of dweight's rows are estimated
+LARGEST_RATIO = 4.0  # of a group's squared error over what is allowed, as far as later ones learn from it
 NEGLIGIBLE = 0.1  # a token's gradient counts as at least this much of its group's root mean square
 
 TINY = 1e-30  # no division by zero
@@ -303,7 +304,7 @@ class Steering:
             return
         groups = len(self.recent)
         # The groups' mean and that of the whole, of which one group of uncertain tokens may be most.
-        ratios = [estimate.ratio() for estimate in self.recent]
+        ratios = [min(LARGEST_RATIO, estimate.ratio()) for estimate in self.recent]  # NaN counts as the largest
         sizes = [estimate.errors[0].size for estimate in self.recent]
         mean = sum(ratios) / groups
         whole = sum(ratio * size for ratio, size in zip(ratios, sizes, strict=True)) / max(sum(sizes), TINY)

@@ -355,6 +355,18 @@ def test_the_worst_tokens_make_room():
     assert not sparse_grad.Steering(tolerance, groups=100).record(estimate).any()
 
 
+@pytest.mark.parametrize("error", [1e6, math.nan])
+def test_one_group_far_off_does_not_steer_all_others(error):
+    """Tokens predicted with certainty, say, whose gradient is nearly nothing."""
+    steering = sparse_grad.Steering(2.0**-6, groups=100)
+    before = steering.budget()
+    for wrong in (error, *[1e-4] * 9):
+        errors = [sparse_grad.Errors(2.0**-6, 1.0, torch.tensor([wrong]))]
+        steering.record(sparse_grad.Estimate(errors, 0.1, 0.1, 1.0, 0.5))
+    steering.adapt()
+    assert 0.3 * before < steering.budget() < before
+
+
 @pytest.mark.parametrize("epsilon", [0.1, 1.0, 30.0])
 def test_select_columns(epsilon):
     score, uniform = torch.rand(5000) ** 4, torch.rand(5000)
