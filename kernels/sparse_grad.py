@@ -28,12 +28,12 @@ LEVEL, POWER, HEADROOM = 0.12, 1.2, 0.5
 EPSILON_STEPS = 20  # at most: three to five where LEVEL is about right
 # choose_epsilon's error over the one that the draws show starts at EXPECTED, with the weight of PRIOR groups: measured
 # are 0.95 to 1.5 for text and mixtures of certain and uncertain tokens, up to 2.5 where all are certain.
-EXPECTED, PRIOR = 1.2, 4
+EXPECTED, PRIOR = 1.0, 4
 MARGIN = 0.7  # of the tolerance, aimed at: a group scatters by some 15 %
 # dweight's squared error if all upstream gradients were equal: what it counts for, since it needs less margin, and how
 # many squared tolerances of it make a group draw more columns.
 COHERENT, COHERENT_LIMIT = 0.75, 4 / 3
-CEILING = 0.9  # of the tolerance: an estimate above it is brought down to it by exact tokens
+CEILING = 0.8  # of the tolerance: exact tokens bring an estimate down to it; few large upstream gradients add 15 %
 OUTLIER = 4.0  # tolerances that a token may be wrong by, as far as the draw shows: measured are up to 7
 SKETCH = 64  # dimensions in which the norms of dweight's rows are estimated
 LARGEST_RATIO = 4.0  # of a group's squared error over what is allowed, as far as later ones learn from it
