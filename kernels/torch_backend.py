@@ -17,9 +17,7 @@ C where there is a compiler (cpu_passes.py), and torch's operations otherwise.
 
 from __future__ import annotations
 
-import ctypes
 import math
-import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -71,7 +69,6 @@ TAILS = 32  # in one product with the weight
 FEW_SHARE = 0.5  # of SAMPLE_BYTES: exact tokens whose probabilities fit go with the tails, not over the weight again
 TAIL_ROWS = 1024  # of dweight, filled with the sampled chunks' tails at a time
 UPCAST_ROWS = 4096  # of a 16-bit weight at a time
-HUGE_BYTES = 4 << 20  # from here on a tensor asks for huge pages, as numpy's arrays do
 HALF_TOLERANCE = 2.0**-9  # from here on what is kept for the backward has 16 bits: of rounding that averages out
 HELD_SHARE = 1 / 16  # of the vocabulary whose selection waits for the whole sums
 MAX_KEPT = 0.6  # share of the columns from which on a chunk is computed exactly
@@ -133,20 +130,6 @@ def _side_by_side(function: Callable[[Item], Result], items: Sequence[Item]) -> 
     finally:
         torch.set_num_threads(threads)  # a thread starts with the number that any thread set last
         held.clear()
-
-
-def _new_large(like: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """like.new_empty(shape, dtype) on huge pages, where Linux gives a CPU tensor them on request.
-
-    The first write of a gradient as large as the weight costs a page fault for each of its pages: of 4 KiB ones as much
-    as 4 % of the product.
-    """
-    tensor = like.new_empty(shape, dtype=dtype)
-    if tensor.device.type == "cpu" and tensor.nbytes >= HUGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
-        start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        size = tensor.data_ptr() + tensor.nbytes - start
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
-    return tensor
 
 
 class _Workspace:
@@ -644,9 +627,10 @@ class _Forward:
         squares = torch.mul(found.exp, found.exp, out=workspace("squares", *found.exp.shape))
         score = squares.mv(token_weights(rest, target, typical).square_()).sqrt_()
         level = epsilon / len(rows) ** 0.5
-        states = hidden.to(head.dtype)
-        length, projected = states.square().sum(1), states @ self.sketch
         coherent = 0.0
+        if self.need_weight:
+            states = hidden.to(head.dtype)
+            length, projected = states.square().sum(1), states @ self.sketch
         for _ in range(2):
             drawn = self.draw(found, score, epsilon, total, others, workspace)
             if drawn is None:
