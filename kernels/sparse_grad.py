@@ -255,8 +255,7 @@ class Steering:
         self.skip -= 1
         if self.skip < 0:
             return False
-        self.chunks += groups
-        self.dense_chunks += groups
+        self.record_dense(groups)
         return True
 
     def record_dense(self, groups: int, in_vain: bool = False) -> None:
