@@ -187,7 +187,7 @@ def measure(plan: Plan, device: str, model: str | None, data: str | None, result
     shape = inputs.MODELS.get(name, TINY)
     problem = inputs.synthetic(tokens, *shape, device=device, name=f"like {name}")
     profiled = [peer.name for peer in (*ours, *peers.FLOORS)]
-    rows = bench.compare(problem, everybody, plan.sweep_rounds + 1, split=profiled)
+    rows = bench.compare(problem, everybody, plan.rounds, split=profiled)
     rows[ours[0].name].grad_report = grad_report(problem, peers.FAST_TOLERANCE, backend)
     save("wide", problem, rows)
 
