@@ -53,7 +53,7 @@ class Variant(NamedTuple):
             hidden, weight = hidden.bfloat16(), weight.bfloat16()
         head = pf.LMHead(weight)
         found = pf.token_logprobs(hidden, head, targets, stats, grad_tolerance=self.tolerance, seed=seed)
-        if self.tolerance and found.grad_report is None and found.logprobs.requires_grad:
+        if self.tolerance and found.report is None and found.logprobs.requires_grad:
             raise RuntimeError("this backend computes exact gradients alone: there is no drift to measure")
         return found
 

@@ -10,6 +10,8 @@ Everything written is a function of the sources and of Triton's version, so a se
 from __future__ import annotations
 
 import argparse
+import hashlib
+import inspect
 import json
 import math
 import pkgutil
@@ -107,6 +109,14 @@ def specializations(arch: str) -> Iterator[Any]:
             yield from list_signatures(arch)
 
 
+def source_digest(kernel: Any) -> str:
+    """Of a kernel's source and of the functions that its module has for kernels to call."""
+    members = vars(sys.modules[kernel.fn.__module__]).items()
+    called = [member for name, member in members if hasattr(member, "arg_names") and not name.endswith("_kernel")]
+    text = "".join(inspect.getsource(function.fn) for function in (kernel, *called))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def inspect_kernel(arch: str, name: str) -> dict[str, Any]:
     """Compile one kernel configuration and describe its machine code; "problems" lists what a check found."""
     architecture = ARCHITECTURES[arch]
@@ -115,6 +125,7 @@ def inspect_kernel(arch: str, name: str) -> dict[str, Any]:
     signature = spec.signature | dict.fromkeys(spec.constexprs, "constexpr")
     aligned = {(spec.kernel.arg_names.index(argument),): [["tt.divisibility", 16]] for argument in spec.divisible}
     entry: dict[str, Any] = {"arch": arch, "kernel": name, "config": spec.config._asdict()}
+    entry["source"] = source_digest(spec.kernel)
     try:
         compiled = triton.compile(
             ASTSource(spec.kernel, signature, spec.constexprs, aligned),

@@ -93,14 +93,14 @@ def _largest_columns(level: float) -> Iterator[None]:
     def above_threshold(walk: Any, groups: Any, epsilon: float, typical: float, uniform: Tensor) -> Any:
         return candidates(walk, groups, epsilon, typical, torch.ones_like(uniform))
 
-    def select(score: Tensor, epsilon: float, uniform: Tensor) -> sparse_grad.Selection:
+    def select(score: Tensor, epsilon: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
         columns = (score > epsilon).nonzero().squeeze(-1)
-        return sparse_grad.Selection(columns, score.new_ones(len(columns)))
+        return columns, score.new_ones(len(columns))
 
     with (
         mock.patch.object(torch_backend, "_candidates", above_threshold),
         mock.patch.object(torch_backend, "select_columns", select),
-        mock.patch.object(torch_backend, "choose_epsilon", lambda squares, lowest, budget: (lowest, budget)),
+        mock.patch.object(torch_backend, "choose_epsilon", lambda squares, lowest, highest, budget: (lowest, budget)),
         mock.patch.object(sparse_grad, "HEADROOM", level),
         mock.patch.object(sparse_grad.Steering, "adapt", lambda self: None),
     ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -24,7 +25,14 @@ class Options(NamedTuple):
 
 
 # columns_kept, max_dropped_mass, estimated_error, dense_chunks, chunks: prefopt_fast.token_stats.GradReport
-Report = tuple[float, float, float, int, int]
+ReportValues = tuple[float, float | None, float, int, int]
+
+
+@dataclass
+class Report:
+    """What an inexact gradient has to say; nothing before the backward where that chooses the columns."""
+
+    values: ReportValues | None = None
 
 
 def linear_logprob(

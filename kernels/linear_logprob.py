@@ -28,6 +28,7 @@ from .sampled_grad import BLOCKS_PER_CHUNK, draw_slots, frequent_columns, sample
 from .tiles import (
     LN2,
     SMALL,
+    SYNCHRONIZES,
     VARYING_SIZES,
     Specialization,
     base2_logits,
@@ -66,7 +67,7 @@ def _forward_kernel(
     partials,  # (2 + SUM_SQ + ENTROPY + SUM, splits, n), fp32
     target_logits,  # (n,), fp32
     seed,  # (n,), fp32: a lower bound of the base-2 log-sum-exp, or None: no column sums are asked for
-    column_sq,  # (⌈n / BLOCK_N⌉, V), bf16: Σ_t p_tv² over a block's tokens, from above
+    column_sq,  # (⌈n / BLOCK_N⌉, V), bf16: Σ_t p_tv² over a block's tokens, from above but for bf16's rounding
     n_tokens,
     vocab_size,
     hidden_size,
@@ -375,7 +376,7 @@ def scored_rows(
     return hidden.index_select(0, rows), targets.index_select(0, rows), rows
 
 
-@torch.library.custom_op("prefopt_fast::linear_logprob", mutates_args=())
+@torch.library.custom_op("prefopt_fast::linear_logprob", mutates_args=(), tags=SYNCHRONIZES)
 @on_device
 def _forward_op(
     hidden: Tensor,  # (N, H)
@@ -505,7 +506,7 @@ def _grad_logits(
     )
 
 
-@torch.library.custom_op("prefopt_fast::linear_logprob_backward", mutates_args=())
+@torch.library.custom_op("prefopt_fast::linear_logprob_backward", mutates_args=(), tags=SYNCHRONIZES)
 @on_device
 def _backward_op(
     grad: Tensor,  # (N,), fp32
@@ -523,8 +524,11 @@ def _backward_op(
     tolerance: float,
     seed: int,
     needed: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dhidden, dweight and dbias, each empty where not needed; exact at tolerance 0, else sampled where that pays."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dhidden, dweight and dbias, each empty where not needed; exact at tolerance 0, else sampled where that pays.
+
+    Last what draw_slots reports, zeros where it is not called.
+    """
     need_hidden, need_weight, need_bias = needed
     scored, scored_targets, rows = scored_rows(hidden, targets, ignore_index)
     # dweight and dbias are written in whole, and so is dhidden where no token is ignored.
@@ -539,8 +543,9 @@ def _backward_op(
         hidden.new_empty(0) if dweight is None else dweight,
         hidden.new_empty(0) if dbias is None else dbias,
     )
+    report = torch.zeros(4, dtype=torch.float64, device="cpu")
     if not len(scored):
-        return gradients
+        return *gradients, report
 
     if rows is not None:
         grad, logprobs, logsumexp = grad[rows], logprobs[rows], logsumexp[rows]
@@ -557,13 +562,13 @@ def _backward_op(
         arch = configs.architecture(hidden.device)
         block_n = configs.lookup("forward", arch, hidden.dtype, hidden.shape[1]).block_n
         tile = configs.lookup("sampled_grad_logits", arch, hidden.dtype, hidden.shape[1]).block_v
-        slots = draw_slots(column_sq, scored_targets, grad, logprobs, tolerance, seed, tile, block_n)
+        slots, report = draw_slots(column_sq, scored_targets, grad, logprobs, tolerance, seed, tile, block_n)
     if slots is None:
         _exact_gradients(*operands, unit, rows, (dhidden, dweight, dbias))
     else:
         chunk = BLOCKS_PER_CHUNK * block_n
         sampled_gradients(*operands, slots, chunk, center, unit, rows, (dhidden, dweight, dbias))
-    return gradients
+    return *gradients, report
 
 
 def _exact_gradients(
@@ -651,12 +656,13 @@ def _(
     tolerance: float,
     seed: int,
     needed: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     need_hidden, need_weight, need_bias = needed
     return (
         hidden.new_empty(hidden.shape) if need_hidden else hidden.new_empty(0),
         weight.new_empty(weight.shape) if need_weight else weight.new_empty(0),
         torch.empty_like(bias) if need_bias and bias is not None else weight.new_empty(0),
+        torch.empty(4, dtype=torch.float64, device="cpu"),
     )
 
 
@@ -665,13 +671,17 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     logprobs, *detached = output
     logsumexp, _, column_sq, center = detached
     ctx.save_for_backward(hidden, weight, bias, targets, logprobs, logsumexp, column_sq, center)
+    ctx.report = None  # a Report, where linear_logprob has one filled in
     ctx.mark_non_differentiable(*detached)
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     needed = list(ctx.needs_input_grad[:3])
     steering = (ctx.scale, ctx.softcap, ctx.ignore_index, ctx.tolerance, ctx.seed)
-    gradients = _backward_op(grad.contiguous(), *ctx.saved_tensors, *steering, needed)
+    *gradients, report = _backward_op(grad.contiguous(), *ctx.saved_tensors, *steering, needed)
+    if ctx.report is not None:
+        columns_kept, estimated_error, dense_chunks, chunks = report.tolist()
+        ctx.report.values = (columns_kept, None, estimated_error, int(dense_chunks), int(chunks))
     return (*(g if need else None for g, need in zip(gradients, needed, strict=True)), *[None] * 7)
 
 
@@ -705,7 +715,11 @@ def linear_logprob(
     outputs = dict(zip(stats, values.detach(), strict=True))
     if "is_top1" in outputs:
         outputs["is_top1"] = outputs["is_top1"].bool()
-    return {"logprobs": logprobs, **outputs}, None
+    report = None
+    if tolerance > 0 and not torch.compiler.is_compiling():
+        report = Report()
+        logprobs.grad_fn.report = report  # the backward's ctx
+    return {"logprobs": logprobs, **outputs}, report
 
 
 def aot_signatures(arch: str) -> Iterator[Specialization]:

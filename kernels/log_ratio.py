@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .linear_logprob import forward_partials, scored_rows
-from .tiles import LN2, SMALL, VARYING_SIZES, Specialization, kernel_operands, on_device, specialize
+from .tiles import LN2, SMALL, SYNCHRONIZES, VARYING_SIZES, Specialization, kernel_operands, on_device, specialize
 
 Transform = tuple[float, float | None]
 
@@ -67,7 +67,7 @@ def _log_ratio_kernel(
     tl.store(log_ratios + out, aligned - ref, mask=scored)
 
 
-@torch.library.custom_op("prefopt_fast::log_ratio", mutates_args=())
+@torch.library.custom_op("prefopt_fast::log_ratio", mutates_args=(), tags=SYNCHRONIZES)
 @on_device
 def _log_ratio_op(
     hidden: Tensor,  # (N, H)

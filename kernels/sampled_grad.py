@@ -67,6 +67,7 @@ def _epsilon_kernel(
     scores,  # (chunks, V), fp32: s_v
     budgets,  # (chunks,), fp32
     epsilons,  # (chunks,), fp32
+    errors,  # (chunks,), fp32: the sum for that ε
     vocab_size,
     STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -88,17 +89,21 @@ def _epsilon_kernel(
         squares += score * score
     low = 2.0 * tl.sqrt(budget / vocab_size)
     high = tl.maximum(low, (budget + tl.sum(squares, 0)) / tl.maximum(tl.sum(sums, 0), 1e-30))
+    error = budget
     for _ in range(STEPS):
         epsilon = tl.sqrt(low) * tl.sqrt(high)
-        errors = tl.zeros((BLOCK,), tl.float32)
+        summands = tl.zeros((BLOCK,), tl.float32)
         for start in tl.range(0, vocab_size, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             score = tl.load(row + columns, mask=columns < vocab_size, other=0.0)
-            errors += tl.maximum(score * (epsilon - score), 0.0)
-        fits = tl.sum(errors, 0) <= budget
+            summands += tl.maximum(score * (epsilon - score), 0.0)
+        found = tl.sum(summands, 0)
+        fits = found <= budget
+        error = tl.where(fits, found, error)
         low = tl.where(fits, epsilon, low)
         high = tl.where(fits, high, epsilon)
     tl.store(epsilons + chunk, low)
+    tl.store(errors + chunk, error)
 
 
 @triton.jit(do_not_specialize=VARYING_SIZES)
@@ -285,7 +290,7 @@ def frequent_columns(
 ) -> Tensor:
     """The vocabulary entries, one in SEED_SHARE, that are targets most often."""
     counts = targets.new_zeros(vocab_size, dtype=torch.int32)
-    counts.scatter_add_(0, targets.long(), torch.ones_like(targets, dtype=torch.int32))
+    counts.scatter_add_(0, targets.long().clamp(0, vocab_size - 1), torch.ones_like(targets, dtype=torch.int32))
     return counts.argsort(descending=True, stable=True)[: max(1, vocab_size // SEED_SHARE)]
 
 
@@ -298,15 +303,18 @@ def draw_slots(
     seed: int,
     tile: int,
     block_tokens: int,
-) -> Slots | None:
-    """Draw the columns of each chunk; None where so many are needed that the exact gradient is as fast.
+) -> tuple[Slots | None, Tensor]:
+    """Draw the columns of each chunk, none where so many are needed that the exact gradient is as fast.
 
-    ``tile`` slots of a chunk make a tile; a block of ``column_sq`` holds ``block_tokens`` tokens.
+    Beside them columns_kept, estimated_error, dense_chunks and chunks (GradReport), (4,) float64 on the CPU. ``tile``
+    slots of a chunk make a tile; a block of ``column_sq`` holds ``block_tokens`` tokens. A target that does not exist,
+    whose log-prob is NaN, spoils no other token's gradient.
     """
     n_blocks, vocab_size = column_sq.shape
     n_chunks = triton.cdiv(n_blocks, BLOCKS_PER_CHUNK)
     chunk = BLOCKS_PER_CHUNK * block_tokens
     device = column_sq.device
+    targets = targets.clamp(0, vocab_size - 1)
 
     def by_chunk(values: Tensor) -> Tensor:  # (n,) → (chunks, C)
         return pad(values, (0, n_chunks * chunk - len(values))).view(n_chunks, chunk)
@@ -317,11 +325,11 @@ def draw_slots(
     block_weights = grad_sq.view(-1, block_tokens).amax(1)[:n_blocks, None]
     weighted = pad(column_sq * block_weights, (0, 0, 0, n_chunks * BLOCKS_PER_CHUNK - n_blocks))
     scores = weighted.view(n_chunks, BLOCKS_PER_CHUNK, vocab_size).sum(1).sqrt_()
-    budgets = tolerance**2 * (grad_sq * by_chunk(torch.expm1(logprobs)).square()).sum(1)
-    epsilons = torch.empty_like(budgets)
-    _epsilon_kernel[(n_chunks,)](
-        scores, budgets, epsilons, vocab_size, STEPS=EPSILON_STEPS, BLOCK=8192 if device.type == "cuda" else 1024
-    )
+    budgets = tolerance**2 * (grad_sq * by_chunk(torch.expm1(logprobs)).square()).nansum(1)
+    epsilons, errors = torch.empty_like(budgets), torch.empty_like(budgets)
+    block = 8192 if device.type == "cuda" else 1024
+    _epsilon_kernel[(n_chunks,)](scores, budgets, epsilons, errors, vocab_size, STEPS=EPSILON_STEPS, BLOCK=block)
+    estimate = tolerance * (errors.sum() / budgets.sum().clamp_min(1e-30)).sqrt()
 
     chunk_of_token = torch.arange(len(targets), device=device) // chunk
     uniform = torch.rand(scores.shape, device=device, generator=torch.Generator(device).manual_seed(seed))
@@ -330,13 +338,20 @@ def draw_slots(
     keep.index_fill_(0, chunk_of_token * vocab_size + targets, 1.0)
     drawn = uniform.flatten() < keep
     order = drawn.cumsum(0, dtype=torch.int32)  # of the drawn columns, from 1 on
+    # Whether to sample at all must not depend on the draw, which then would be one of those with few columns.
+    share = keep.mean()
     last = order.view(n_chunks, vocab_size)[:, -1]
     starts, counts = pad(last, (1, -1)), last.diff(prepend=last.new_zeros(1))
     first_slots = pad(((counts + tile - 1) // tile * tile).cumsum(0), (1, 0))
-    # The one synchronization: the slots' bounds, which launches and buffers need.
-    *bounds, total = torch.cat([first_slots, last[-1:]]).tolist()
-    if total > MAX_SHARE * len(keep):
-        return None
+    # The one synchronization: the slots' bounds, which launches and buffers need, beside the bits of two numbers.
+    floats = torch.stack([share, estimate]).view(torch.int32)
+    numbers = torch.cat([floats, last[-1:], first_slots]).tolist()
+    bits = torch.tensor(numbers[:2], dtype=torch.int32, device="cpu")
+    expected_share, estimated_error = bits.view(torch.float32).tolist()
+    total, *bounds = numbers[2:]
+    if expected_share > MAX_SHARE:
+        return None, torch.tensor([1, 0, n_chunks, n_chunks], dtype=torch.float64, device="cpu")
+    report = torch.tensor([total / len(keep), estimated_error, 0, n_chunks], dtype=torch.float64, device="cpu")
     slots = torch.arange(bounds[-1], device=device)
     chunks = torch.searchsorted(first_slots[1:], slots, right=True)
     rank = slots - first_slots[chunks]
@@ -350,7 +365,7 @@ def draw_slots(
         first_slots.int(),
         bounds,
         positions.masked_fill_(~drawn.view(n_chunks, vocab_size), -1),
-    )
+    ), report
 
 
 def sampled_gradients(
@@ -388,7 +403,9 @@ def sampled_gradients(
     groups = chunk_groups(slots, budget // (chunk * dtype.itemsize))
     accumulate = len(groups) > 1
     dweight, dbias = (torch.zeros_like(g, dtype=torch.float32) if accumulate and g is not None else g for g in results)
-    target_slots = slots.positions[torch.arange(len(targets), device=device) // chunk, targets]
+    exists = (targets >= 0) & (targets < vocab_size)
+    chunk_of_token = torch.arange(len(targets), device=device) // chunk
+    target_slots = slots.positions[chunk_of_token, targets.where(exists, 0)].where(exists, -1)
     n_most = max(last - first for _, _, first, last in groups)
     workspace = hidden.new_empty(n_most, chunk)
     tile_sums = hidden.new_empty(n_most // logits_config.block_v, chunk, dtype=torch.float32)
@@ -545,5 +562,5 @@ def aot_signatures(arch: str) -> Iterator[Specialization]:
                         "TILE": configs.entries("sampled_grad_logits", arch, bits)[0][1].block_v,
                     }
                 yield specialize(f"{name}_{dtype}_h{max_hidden or 'any'}", kernel, config, types, constants)
-    floats = dict.fromkeys(("scores", "budgets", "epsilons"), "*fp32")
+    floats = dict.fromkeys(("scores", "budgets", "epsilons", "errors"), "*fp32")
     yield specialize("epsilon", _epsilon_kernel, SMALL, floats, {"STEPS": EPSILON_STEPS, "BLOCK": 8192})

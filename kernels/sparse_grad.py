@@ -9,7 +9,8 @@ but its deviation from a rank-1 control variate: with q the group's average dist
     Σ_v p_tv W_v  =  Σ_{π=1} p_tv W_v + δ_t μ + Σ_{π<1} (p_tv − δ_t q_v) (W_v − μ),
 
 in which (W_v − μ) may stand for W_v because Σ_v (p_tv − δ_t q_v) = 0. Only the last sum is sampled, each drawn column
-weighed by 1/π_v, so the expectation over draws is the exact gradient.
+weighed by 1/π_v, so the expectation over draws is the exact gradient. (Tokens that a draw leaves too wrong are computed
+exactly instead. Which they are depends on the draw, but no single column's draw suffices: see ``highest_epsilon``.)
 
 Letters: C tokens in a group, V vocabulary, S columns drawn, H hidden size. The target's own column is left out of p
 everywhere here: its coefficient 1 − p_y is kept exactly, beside the sample.
@@ -45,9 +46,10 @@ TINY = 1e-30  # no division by zero
 def choose_epsilon(
     squares: Tensor,  # (groups, V), n_v²; overwritten
     lowest: float,
+    highest: float,
     budget: float,
 ) -> tuple[float, float]:
-    """The largest ε, and not less than ``lowest``, with Σ n_v max(0, ε − n_v) ≤ budget; and that sum.
+    """The largest ε between ``lowest`` and ``highest`` with Σ n_v max(0, ε − n_v) ≤ budget; and that sum.
 
     The sum is the expected squared error Σ_v (1/π_v − 1) n_v² of a draw, in tolerances. It does not depend on the draw,
     and so neither does ε. It is convex and piecewise linear: all of Newton's steps but the first come from above.
@@ -58,25 +60,18 @@ def choose_epsilon(
         before = epsilon
         below = scores.where(scores < epsilon, 0)
         slope, offset = float(below.sum()), float(below.square_().sum())
-        epsilon = max(lowest, (budget + offset) / max(slope, TINY))
+        epsilon = max(lowest, min(highest, (budget + offset) / max(slope, TINY)))
         if abs(epsilon - before) <= 0.01 * epsilon:
             break
     return epsilon, epsilon * slope - offset
-
-
-class Selection(NamedTuple):
-    """Columns kept for a chunk. ``keep`` is the probability with which each one was drawn: 1/keep weighs it."""
-
-    columns: Tensor  # (S,), int64, ascending
-    keep: Tensor  # (S,), in (0, 1]; 1 for a column that is kept in every draw
 
 
 def select_columns(
     score: Tensor,  # (V,)
     epsilon: float,
     uniform: Tensor,  # (V,), in [0, 1)
-) -> Selection:
-    """Keep column v with probability min(1, score_v / epsilon).
+) -> tuple[Tensor, Tensor]:
+    """Keep column v with probability min(1, score_v / epsilon): (S,) int64, ascending, and (S,) the probabilities.
 
     ``score`` is any measure of a column's part in the gradient that does not depend on ``uniform``: weighing what was
     kept by 1/keep leaves the gradient unbiased whatever the score. The kept columns are few: the call synchronizes an
@@ -84,7 +79,7 @@ def select_columns(
     """
     keep = (score / epsilon).clamp_(max=1.0)
     columns = (uniform < keep).nonzero().squeeze(-1)
-    return Selection(columns, keep[columns])
+    return columns, keep[columns]
 
 
 def token_weights(
@@ -100,7 +95,8 @@ def token_weights(
     """
     total = rest + target
     miss = rest / total
-    floor = NEGLIGIBLE * (torch.linalg.vector_norm(miss) / len(miss) ** 0.5).clamp_(max=typical)
+    rms = torch.linalg.vector_norm(miss.nan_to_num(0)) / len(miss) ** 0.5
+    floor = NEGLIGIBLE * rms.clamp_(max=typical)
     return 1 / (miss.clamp(min=1e-6).clamp_(min=floor) * total)
 
 
@@ -110,7 +106,7 @@ def counted_tokens(rest: Tensor, target: Tensor, typical: float) -> float:
     A token that is certain needs little of its tolerance. Counted half, it leaves the uncertain ones beside it about as
     much as they have in text.
     """
-    return float((1 + (rest * token_weights(rest, target, typical)).square()).sum()) / 2
+    return float((1 + (rest * token_weights(rest, target, typical)).square()).nansum()) / 2
 
 
 class Sample(NamedTuple):
@@ -119,7 +115,7 @@ class Sample(NamedTuple):
     columns: Tensor  # (S,), int64
     keep: Tensor  # (S,), π
     tail: Tensor  # (V,), q
-    mass: Tensor  # (C,), δ
+    dropped: Tensor  # (C,), δ
 
 
 def alike(
@@ -146,21 +142,21 @@ def alike(
         middle = sum(sizes[:groups])
         return halve(tokens[:middle], sizes[:groups]) + halve(tokens[middle:], sizes[groups:])
 
-    return halve(torch.arange(len(features)), sizes)
+    return halve(torch.arange(len(features), device=features.device), sizes)
 
 
 def make_sample(
-    selection: Selection,
-    probs: Tensor,  # (S, C), of the selected columns
+    columns: Tensor,  # (S,), int64
+    keep: Tensor,  # (S,), 1 for a column that is kept in every draw
+    probs: Tensor,  # (S, C), of these columns
     column_mass: Tensor,  # (V,), any average of the tokens' distributions that does not depend on the draw; overwritten
     total: Tensor,  # (C,), Σ_v p_tv
 ) -> Sample:
-    """The control variate that goes with a group's selection."""
-    certain = selection.keep == 1
-    tail = column_mass.index_fill_(0, selection.columns[certain], 0.0)
+    """The control variate that goes with a group's columns."""
+    certain = keep == 1
+    tail = column_mass.index_fill_(0, columns[certain], 0.0)
     tail /= tail.sum().clamp_(min=torch.finfo(tail.dtype).tiny)
-    mass = total - certain.to(probs.dtype) @ probs
-    return Sample(selection.columns, selection.keep, tail, mass)
+    return Sample(columns, keep, tail, total - certain.to(probs.dtype) @ probs)
 
 
 def coefficients(
@@ -169,7 +165,7 @@ def coefficients(
     total: Tensor,  # (C,), Σ_v p_tv
 ) -> tuple[Tensor, Tensor]:
     """(S, C) coefficients of W[columns], and the (C,) remainder that multiplies qᵀW."""
-    probs.addr_(sample.tail[sample.columns], sample.mass, alpha=-1).div_(sample.keep[:, None])
+    probs.addr_(sample.tail[sample.columns], sample.dropped, alpha=-1).div_(sample.keep[:, None])
     return probs, total - probs.sum(0)
 
 
@@ -213,8 +209,9 @@ class Estimate(NamedTuple):
     """What one sampled group of tokens is expected to be wrong by."""
 
     errors: list[Errors]  # of dweight, dhidden or both
+    tokens: int  # C, those computed exactly included
     share: float  # of the columns drawn
-    mass: float  # largest δ_t
+    dropped: float  # largest δ_t
     level: float  # ε / √C
     expected: float  # the ratio that choose_epsilon foresaw
 
@@ -249,6 +246,14 @@ class Steering:
     def budget(self) -> float:
         """Of choose_epsilon, for each of counted_tokens: with it the estimated error is about what is aimed at."""
         return MARGIN**2 * self.tolerance**2 * self.expected / self.found
+
+    def highest_epsilon(self) -> float:
+        """What any group may choose at most.
+
+        A column drawn with π_v = n_v / ε is wrong by p_tv / π_v ≤ ε tol_t for its token: from OUTLIER · τ on, failing
+        tokens would be those with a draw, and the others be left without what they drew nothing of.
+        """
+        return OUTLIER / 2 * self.tolerance
 
     def wants_dense(self, groups: int) -> bool:
         """Whether a walk for so many groups should not even be tried: after failures in a row 3, 9, 21, … are not."""
@@ -292,9 +297,9 @@ class Steering:
                 exact |= (torch.arange(len(exact) + 1, device=exact.device) * (1 - left)).ceil().diff() > 0
             self.coherent += min(coherent, room)
             self.error[k] += float(error.masked_fill(exact, 0).sum())
-        moved = float(exact.float().mean())
-        self.kept += moved + (1 - moved) * estimate.share
-        self.largest_mass = max(self.largest_mass, estimate.mass)
+        sampled = float((~exact).sum()) / estimate.tokens
+        self.kept += 1 - sampled + sampled * estimate.share
+        self.largest_mass = max(self.largest_mass, estimate.dropped)
         return exact
 
     def adapt(self) -> None:

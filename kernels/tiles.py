@@ -25,6 +25,9 @@ LN2: tl.constexpr = tl.constexpr(math.log(2.0))
 # kernels in the middle of a run.
 VARYING_SIZES = ["n_tokens", "n_rows", "vocab_size", "n_columns", "n_splits", "tiles_per_split", "first_id"]
 
+# Of operators that look at values on the host, which a CUDA graph cannot capture.
+SYNCHRONIZES = (torch.Tag.cudagraph_unsafe,)
+
 Result = TypeVar("Result")
 
 # Of kernels without a product, which Triton's defaults suit; their blocks are arguments.
@@ -98,7 +101,9 @@ def on_device(function: Callable[..., Result]) -> Callable[..., Result]:
 
 
 def processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return torch.xpu.get_device_properties(device).gpu_subslice_count if device.type == "xpu" else 1
 
 
 def tma_available(*operands: Tensor) -> bool:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from itertools import accumulate, chain, islice, pairwise
 from typing import Any, NamedTuple, TypeVar
@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import cpu_passes
-from .dispatch import Options, Report
+from .dispatch import Options, Report, ReportValues
 from .sparse_grad import (
     COHERENT_LIMIT,
     SKETCH,
@@ -38,7 +38,6 @@ from .sparse_grad import (
     Errors,
     Estimate,
     Sample,
-    Selection,
     Steering,
     alike,
     choose_epsilon,
@@ -90,7 +89,7 @@ def linear_logprob(
     *outputs, report = _linear_logprob(
         hidden, weight, bias, targets, transform, stats, options, torch.is_grad_enabled()
     )
-    return dict(zip(("logprobs", *stats), outputs, strict=True)), report
+    return dict(zip(("logprobs", *stats), outputs, strict=True)), None if report is None else Report(report)
 
 
 @torch.compiler.disable
@@ -125,9 +124,11 @@ def _side_by_side(function: Callable[[Item], Result], items: Sequence[Item]) -> 
         with torch.inference_mode() if inference else torch.no_grad():  # each thread has modes of its own
             return held[0](item)
 
+    running = [_pool(os.getpid()).submit(work, item) for item in items]
     try:
-        return list(_pool(os.getpid()).map(work, items))
+        return [future.result() for future in running]
     finally:
+        wait(running)  # also after an error: what they write to may be gone with it
         torch.set_num_threads(threads)  # a thread starts with the number that any thread set last
         held.clear()
 
@@ -181,9 +182,14 @@ class _Head(NamedTuple):
             logits = torch.mm(self.weight[index], hidden.T, out_dtype=self.dtype, out=out)
         return self._transform(logits, index)
 
-    def target_logits(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """(C,) logits of each token's target, from a product of their own: not the last bit of those of logits()."""
-        return self._transform(torch.linalg.vecdot(self.rows(targets), hidden.to(self.dtype))[:, None], targets)[:, 0]
+    def shift(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """(C,) logits of each token's target, from a product of their own: not the last bit of those of logits().
+
+        0 where a bias of −inf masks the target.
+        """
+        logits = torch.linalg.vecdot(self.rows(targets), hidden.to(self.dtype))
+        logits = self._transform(logits[:, None], targets)[:, 0]
+        return logits.masked_fill_(logits == -torch.inf, 0)
 
     def _transform(self, logits: Tensor, index: Tensor | slice) -> Tensor:
         if self.bias is not None:
@@ -308,7 +314,7 @@ class _Pass:
             "log_sum_sq_probs": ((self.squares + target.square()) / total / total).log(),
             "max_logprob": -(total / largest.exp()).log().clamp_(min=0),
             "is_top1": shifted >= largest,
-            "entropy": log_total - (self.moment + target * shifted) / total,
+            "entropy": log_total - (self.moment + (target * shifted).masked_fill_(target == 0, 0)) / total,
             "mean_logit": self.logit_sum / self.head.weight.shape[0],
         }
         return {name: values[name] for name in ("logprobs", "logsumexp", *self.stats)}
@@ -335,7 +341,7 @@ class _Sampled(NamedTuple):
     columns: Tensor  # (S,)
     keep: Tensor  # (S,)
     tail: Tensor  # (V,)
-    mass: Tensor  # (C,)
+    dropped: Tensor  # (C,)
     remainder: Tensor  # (C,)
     coefficients: Tensor | None  # (S, C), where kept
 
@@ -343,7 +349,7 @@ class _Sampled(NamedTuple):
         """With some of its tokens, (C,) bool, alone."""
         kept = None if self.coefficients is None else self.coefficients[:, some]
         return self._replace(
-            rows=self.rows[some], mass=self.mass[some], remainder=self.remainder[some], coefficients=kept
+            rows=self.rows[some], dropped=self.dropped[some], remainder=self.remainder[some], coefficients=kept
         )
 
     def within(self, span: slice) -> _Sampled:
@@ -384,13 +390,14 @@ class _Forward:
         self.tolerance = min(needed, default=0.0)
         self.halves = min(self.tolerances) >= HALF_TOLERANCE
         self.workers = _workers(hidden.device)
-        cpu_passes.usable(self.at_target)  # compiles, where that is of use, before several workers ask for it
+        if head.softcap is None:
+            cpu_passes.usable(self.at_target)  # compiles, where that is of use, before several workers ask for it
         self.workspaces = [_Workspace(self.at_target) for _ in range(self.workers)]
         self.generator = torch.Generator(hidden.device).manual_seed(options.seed)
         size = (hidden.shape[1], SKETCH)
         self.sketch = torch.randn(size, generator=self.generator, device=hidden.device, dtype=head.dtype) / SKETCH**0.5
 
-    def run(self, rows: Tensor) -> Report | None:
+    def run(self, rows: Tensor) -> ReportValues | None:
         if self.tolerance == 0:
             self.exact_chunks(rows)
             return None
@@ -422,7 +429,7 @@ class _Forward:
         if not len(rows):
             return []
         chunks = -(-len(rows) // SAMPLED_CHUNK)
-        chunks = min(-(-chunks // self.workers) * self.workers, max(1, len(rows) // ALIGNED))
+        chunks = min(-(-chunks // self.workers) * self.workers, max(1, len(rows) // SMALLEST_CHUNK))
         each = max(1, round(len(rows) / chunks / SAMPLED_GROUP))
         sizes = [size for chunk in _even_sizes(len(rows), chunks) for size in _even_sizes(chunk, each)]
         groups = self.alike(rows, sizes)
@@ -493,7 +500,7 @@ class _Forward:
         rows, probs = chunk
         head, targets = self.head, self.targets[rows]
         hidden = head.product_input(self.hidden[rows])
-        shift = head.target_logits(hidden, targets)
+        shift = head.shift(hidden, targets)
         for _ in range(2):
             expected = None  # Σ_{v≠y} e_v W_v
             if self.need_hidden and multiply:
@@ -530,7 +537,7 @@ class _Forward:
             shape = (len(tokens), self.head.weight.shape[0])
             uniform = torch.rand(shape, generator=self.generator, device=tokens[0].device, dtype=self.head.dtype)
             lowest, budget = steering.lowest_epsilon(max(map(len, tokens))), steering.budget()
-            chunks.append(_Chunk(tokens, uniform, workspace, lowest, budget, typical))
+            chunks.append(_Chunk(tokens, uniform, workspace, lowest, steering.highest_epsilon(), budget, typical))
         for chunk, found in zip(chunks, _side_by_side(self.sampled_chunk, chunks), strict=True):
             if found is None:
                 steering.record_dense(len(chunk.groups), in_vain=True)
@@ -567,11 +574,11 @@ class _Forward:
         One walk serves several groups of tokens, each with columns of its own: a wide product is the faster one, and
         few tokens need fewer columns.
         """
-        groups, uniform, workspace, lowest, budget, typical = chunk
+        groups, uniform, workspace, lowest, highest, budget, typical = chunk
         head, rows = self.head, torch.cat(groups)
         targets = self.targets[rows]
         hidden = head.product_input(self.hidden[rows])
-        walk = _Pass(head, hidden, targets, self.stats, head.target_logits(hidden, targets), workspace)
+        walk = _Pass(head, hidden, targets, self.stats, head.shift(hidden, targets), workspace)
         bounds = [0, *accumulate(map(len, groups))]
         found = _candidates(walk, bounds, lowest, typical, uniform)
         if found is None:
@@ -582,8 +589,8 @@ class _Forward:
         candidates, squares = found
         parts = [slice(*pair) for pair in pairwise(bounds)]
         counted = sum(counted_tokens(walk.rest[part], walk.target[part], typical) for part in parts)
-        epsilon, error = choose_epsilon(squares, lowest, budget * counted)
-        expected = error / (self.tolerance**2 * counted)
+        epsilon, error = choose_epsilon(squares, lowest, highest, budget * counted)
+        expected = error / max(self.tolerance**2 * counted, TINY)
         return [
             self.sampled_group(group, walk, part, columns, typical, epsilon, expected)
             for group, part, columns in zip(groups, parts, candidates, strict=True)
@@ -598,15 +605,18 @@ class _Forward:
         others: Tensor,  # (C,), Σ_{v≠y} p_v · slope_v
         workspace: _Workspace,
     ) -> _Drawn | None:
-        """None where too many columns are needed. A lower ε after a higher one adds columns to those drawn."""
+        """None where too many columns are needed.
+
+        After a higher ε a lower one adds columns to those drawn, and the column_mass that was overwritten does as well.
+        """
         chosen, keep = select_columns(score, epsilon, found.uniform[found.columns])
-        if len(chosen) > MAX_KEPT * len(found.mass):
+        if len(chosen) > MAX_KEPT * len(found.column_mass):
             return None
         wrapped = -int(torch.searchsorted(chosen, found.wrap))
         chosen, keep = chosen.roll(wrapped), keep.roll(wrapped)  # the vocabulary's order
         shape = len(chosen), len(total)
         probs = torch.index_select(found.exp, 0, chosen, out=workspace("probs", *shape)).div_(total)
-        sample = make_sample(Selection(found.columns[chosen], keep), probs, found.mass, others)
+        sample = make_sample(found.columns[chosen], keep, probs, found.column_mass, others)
         coefs, remainder = coefficients(sample, probs, others)
         return _Drawn(sample, coefs, remainder, torch.mul(coefs, coefs, out=workspace("squares", *shape)))
 
@@ -631,11 +641,13 @@ class _Forward:
         if self.need_weight:
             states = hidden.to(head.dtype)
             length, projected = states.square().sum(1), states @ self.sketch
+        if not total.isfinite().all():
+            return _Group(rows, None, None)  # else one token's NaN would be that of all
         for _ in range(2):
             drawn = self.draw(found, score, epsilon, total, others, workspace)
             if drawn is None:
                 return _Group(rows, None, None)
-            (columns, keep, tail, mass), coefs, remainder, squares = drawn
+            (columns, keep, tail, dropped), coefs, remainder, squares = drawn
             if not self.need_weight:
                 break
             error, size = length * ((1 - keep) @ squares), length * (at_target.square() + keep @ squares)
@@ -670,12 +682,12 @@ class _Forward:
         if self.need_weight:
             coherent = coherent_variance(keep, coefs, projected[some]) if failing.any() else coherent
             errors[0] = errors[0]._replace(coherent=coherent)
-        estimate = Estimate(errors, len(columns) / len(tail), float(mass.max()), level, expected)
+        estimate = Estimate(errors, len(rows), len(columns) / len(tail), float(dropped.max()), level, expected)
         kept = None
         if self.need_weight and self.sample_left > 0:
             kept = coefs.to(torch.float16 if self.halves else coefs.dtype, copy=True)
         tail = tail.to(torch.bfloat16) if self.halves else tail
-        sampled = _Sampled(rows[some], columns, keep, tail, mass[some], remainder[some], kept)
+        sampled = _Sampled(rows[some], columns, keep, tail, dropped[some], remainder[some], kept)
         return _Group(rows[failing], sampled, estimate)
 
 
@@ -686,6 +698,7 @@ class _Chunk(NamedTuple):
     uniform: Tensor  # (groups, V), the draws
     workspace: _Workspace
     lowest: float  # ε
+    highest: float
     budget: float  # of a token's squared error
     typical: float  # 1 − p_y of the tokens before
 
@@ -719,7 +732,8 @@ class _Kept:
 
     def start(self, bounds: list[int], rows: int) -> None:
         """Empty, for groups of tokens between ``bounds``, with room for about so many rows of each."""
-        self.bounds, self.counts = torch.tensor(bounds), torch.zeros(len(bounds) - 1, dtype=torch.int64)
+        self.bounds = torch.tensor(bounds, device="cpu")
+        self.counts = torch.zeros(len(bounds) - 1, dtype=torch.int64, device="cpu")
         self.width = int(self.bounds.diff().max())
         self._shape(min(len(self.all_columns), len(self.all_exp) // self.width) // len(self.counts))
         self.reserve(rows)
@@ -772,7 +786,7 @@ class _Candidates(NamedTuple):
     exp: Tensor  # (S, C), e · slope
     wrap: int  # where those first ones begin
     lowest: float  # ε for which they are enough
-    mass: Tensor  # (V,), Σ_t p_tv of all columns
+    column_mass: Tensor  # (V,), Σ_t p_tv
     uniform: Tensor  # (V,), the draw
 
 
@@ -808,7 +822,7 @@ def _candidates(
 
     for tile, exp in walk.tiles():
         if tile.start < HELD_SHARE * vocab:
-            held.append((tile, workspace(f"held {tile.start}", *exp.shape).copy_(exp)))
+            held.append((tile, workspace(f"held {len(held)}", *exp.shape).copy_(exp)))
             continue
         if tile.start >= refresh:
             refresh = tile.start + vocab // 16
@@ -963,7 +977,7 @@ def _even_spans(vocab: int, columns: list[Tensor], parts: int) -> list[slice]:
         cost = torch.bincount(torch.cat(columns), minlength=vocab).mul_(2).add_(1).cumsum(0)
         shares = cost[-1] * torch.arange(1, parts, device=cost.device) // parts
         bounds[1:-1] = torch.searchsorted(cost, shares).tolist()
-    return [slice(*pair) for pair in pairwise(bounds)]
+    return [slice(start, stop) for start, stop in pairwise(bounds) if start < stop]
 
 
 def _scale(hidden: Tensor, factor: Tensor, rows: Tensor) -> Tensor:
@@ -998,7 +1012,7 @@ def _sampled_coefficients(
     slope = 1 if head.softcap is None else head.slope(logits)
     probs = logits.sub_(logsumexp[part.rows]).exp_().mul_(slope)
     probs.masked_fill_(part.columns[:, None] == targets[part.rows], 0)
-    sample = Sample(part.columns, part.keep, part.tail.to(head.dtype), part.mass)
+    sample = Sample(part.columns, part.keep, part.tail.to(head.dtype), part.dropped)
     return coefficients(sample, probs, others[part.rows])[0]
 
 

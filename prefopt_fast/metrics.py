@@ -17,6 +17,7 @@ from torch import Tensor
 from .checkpoint import METRICS_FILE, TEMPORARY, publish
 
 EVAL = "eval_"
+HEAD = "head/"  # what is told of the head's gradient
 
 
 class Sums:
@@ -37,9 +38,15 @@ class Sums:
 
 
 def summarize(sums: Mapping[str, float]) -> dict[str, float]:
-    """Means over the pairs from their sums; WPO's effective sample size (Σw)²/Σw² as a share of them."""
+    """Means over the pairs from their sums; WPO's effective sample size (Σw)²/Σw² as a share of them.
+
+    What is told of the head's gradient, over the pairs whose gradient was not exact.
+    """
     pairs = sums["pairs"]
-    means = {name: value / pairs for name, value in sums.items() if name != "pairs"}
+    inexact = sums.get(HEAD + "pairs", pairs)
+    means = {name: value / (inexact if name.startswith(HEAD) else pairs) for name, value in sums.items()}
+    for name in ("pairs", HEAD + "pairs"):
+        means.pop(name, None)
     if (squared := means.pop("wpo/squared_weight", None)) is not None:
         means["wpo/effective_sample_size"] = means["wpo/weight"] ** 2 / squared if squared else 0.0
     return means

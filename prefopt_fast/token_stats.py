@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -26,14 +26,15 @@ class GradReport:
 
     columns_kept: share of the vocabulary's columns whose gradient was computed, mean over chunks (1 for a dense one);
         a chunk is a group of tokens that share columns.
-    max_dropped_mass: largest probability mass that one token has on columns that are sampled rather than always kept.
+    max_dropped_mass: largest probability mass that one token has on columns that are sampled rather than always kept;
+        None from the Triton kernels, which do not form it.
     estimated_error: relative error (Frobenius) that the samples themselves let expect, of dhidden or of dweight,
-        whichever is larger.
+        whichever is larger; from the Triton kernels, what was expected of them before they were drawn.
     dense_chunks, chunks: chunks that were computed exactly because sampling would not have paid, and all chunks.
     """
 
     columns_kept: float
-    max_dropped_mass: float
+    max_dropped_mass: float | None
     estimated_error: float
     dense_chunks: int
     chunks: int
@@ -52,6 +53,7 @@ class TokenStats:
     is_top1: bool, True where no logit exceeds the target's.
     logsumexp: log Σ_v exp z_v.
     The statistics are detached, and None unless asked for.
+    report: what grad_report reads.
     """
 
     logprobs: Tensor
@@ -62,7 +64,16 @@ class TokenStats:
     mean_logit: Tensor | None = None
     is_top1: Tensor | None = None
     logsumexp: Tensor | None = None
-    grad_report: GradReport | None = None
+    report: dispatch.Report | None = field(default=None, repr=False)
+
+    @property
+    def grad_report(self) -> GradReport | None:
+        """None for exact gradients, without gradients, and under torch.compile.
+
+        The Triton kernels choose their columns in the backward: there it is None before.
+        """
+        values = None if self.report is None else self.report.values
+        return None if values is None else GradReport(*values)
 
 
 @contextlib.contextmanager
@@ -100,7 +111,8 @@ def token_logprobs(
             pair (of dhidden, of dweight).
         backend: "auto", "torch", "triton" or "reference". What cannot run raises.
         ignore_index: targets with this value are not computed.
-        seed: of the column sampling behind an inexact gradient; equal inputs and seed give equal bits.
+        seed: of the column sampling behind an inexact gradient; equal inputs and seed give equal bits, on the torch
+            path with an equal number of threads.
 
     A sharded head makes the call collective: see :class:`LMHead`.
 
@@ -113,7 +125,7 @@ def token_logprobs(
     tolerances = resolve_grad_tolerance(grad_tolerance, hidden.dtype)
     head = parallel.localize(head, hidden.dtype)
     weight = product_weight(hidden, head)
-    operands = (hidden.reshape(-1, hidden.shape[-1]), weight, head.bias, targets.reshape(-1), head.transform)
+    operands = (hidden.reshape(-1, hidden.shape[-1]), weight, head.bias, targets.reshape(-1).long(), head.transform)
     how = (tuple(stats), dispatch.Options(tolerances, ignore_index, seed), backend)
     if head.group is None:
         outputs, report = dispatch.linear_logprob(*operands, *how)
@@ -122,7 +134,7 @@ def token_logprobs(
 
         outputs, report = vocab_parallel.linear_logprob(*operands, *how, head.group, head.vocab_start)
     shaped = {name: value.reshape(targets.shape) for name, value in outputs.items()}
-    return TokenStats(mask=targets != ignore_index, grad_report=GradReport(*report) if report else None, **shaped)
+    return TokenStats(mask=targets != ignore_index, report=report, **shaped)
 
 
 def product_dtype(hidden: Tensor) -> torch.dtype:

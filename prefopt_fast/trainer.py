@@ -32,10 +32,11 @@ from .batch import RESPONSES, add_sample_weights, align, collate, encode, load_p
 from .checkpoint import TEMPORARY
 from .config import FROZEN_MODELS, TrainConfig
 from .frozen import FrozenLogprobs, SegmentIds, scored, spread_mean, stored
-from .metrics import EVAL, MetricsLog, Sums, draw_curves, peak_memory, summarize
+from .metrics import EVAL, HEAD, MetricsLog, Sums, draw_curves, peak_memory, summarize
 from .objectives import Objective, make_objective
 from .policy import ResponseModel, is_adapter, load_model, load_tokenizer
 from .scoring import LogprobStore, StoreKey, data_digest, model_digest
+from .token_stats import GradReport, TokenStats
 
 MERGED = "merged"  # folder of the model that merge_adapter wants
 # Options that change where things lie or what is kept, not what is computed. Models and data count by their digests.
@@ -290,14 +291,16 @@ class Loop:
         scale = accelerator.num_processes / len(batch) if mine else 0.0
         micro_batches = _chunks(mine or batch[:1], self.config.per_device_train_batch_size)
         for i, positions in enumerate(micro_batches):
-            self.response_model.seed = self.step * self.config.gradient_accumulation_steps + i
+            # Another one in each process, so that the errors of what is sampled average out over them.
+            forward_passes = self.step * self.config.gradient_accumulation_steps + i
+            self.response_model.seed = forward_passes * accelerator.num_processes + accelerator.process_index
             sync = contextlib.nullcontext() if i == len(micro_batches) - 1 else accelerator.no_sync(self.model)
             with sync:
-                loss, metrics = self._forward(self.model, self.training, positions)
+                loss, metrics, stats = self._forward(self.model, self.training, positions)
                 # DistributedDataParallel averages over processes, so this is the mean over the step's pairs.
                 accelerator.backward(loss.sum() * scale)
             if mine:
-                self.sums.add(metrics)
+                self.sums.add(metrics | _head_metrics(stats.grad_report, loss))
         grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm or math.inf)
         self.optimizer.step()
         if not accelerator.optimizer_step_was_skipped:
@@ -313,8 +316,8 @@ class Loop:
 
     def _forward(
         self, model: nn.Module, split: Split, positions: list[int]
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss (B,) of the pairs at ``positions``, and their metrics: (B,) each, or sums over them."""
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], TokenStats]:
+        """The loss (B,) of the pairs at ``positions``, metrics, (B,) each or sums over them, and what both are of."""
         rows = [split.encoded[position] for position in positions]
         batch = collate(rows, self.objective.responses, self.tokenizer.pad_token_id)
         device = self.accelerator.device
@@ -326,10 +329,7 @@ class Loop:
             loss = loss * batch.sample_weight
             metrics["sample_weight"] = batch.sample_weight
         metrics = {"loss": loss, **metrics, "pairs": torch.ones_like(loss), "tokens": batch.attention_mask.sum()}
-        if (report := stats.grad_report) is not None and loss.requires_grad:
-            for name in ("columns_kept", "estimated_error", "dense_chunks"):
-                metrics[f"head/{name}"] = torch.full_like(loss, getattr(report, name))
-        return loss, metrics
+        return loss, metrics, stats
 
     def _share(self, positions: list[int], rows: datasets.Dataset) -> list[int]:
         """This process's part, by length: pairs of one forward pass then need little padding."""
@@ -646,6 +646,15 @@ def _stop_requests(processes: int) -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _head_metrics(report: GradReport | None, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    """(B,) each: what the gradient of the head reports, for pairs where it was not exact."""
+    if report is None:
+        return {}
+    names = ("columns_kept", "estimated_error", "dense_chunks")
+    values = {name: torch.full_like(loss, getattr(report, name)) for name in names}
+    return {HEAD + name: value for name, value in {**values, "pairs": torch.ones_like(loss)}.items()}
 
 
 def _length(row: dict[str, Any]) -> int:

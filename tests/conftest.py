@@ -60,6 +60,14 @@ def make_problem(
     return states.to(dtype), weight.to(dtype), targets
 
 
+def make_text_like(n: int, vocab: int, hidden: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with Zipf's law over the vocabulary and targets from the softmax: here gradients can be sampled."""
+    states, weight, _ = make_problem(n, vocab, hidden, scale=1.0)
+    weight[:, 0] = -2.0 * torch.arange(2.0, vocab + 2).log()
+    states[:, 0] = 1.0
+    return states, weight, torch.multinomial((states @ weight.T).softmax(-1), 1).squeeze(1)
+
+
 def plain_stats(hidden: Tensor, head: pf.LMHead, targets: Tensor, ignore_index: int = -100) -> dict[str, Tensor]:
     """What a user would write: full logits and log_softmax at the inputs' dtype, upcast to fp32 after the product."""
     logits = hidden @ head.weight.T

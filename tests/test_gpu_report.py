@@ -61,9 +61,9 @@ def test_forward_compiles_for_every_architecture(gpu_report: ModuleType, tmp_pat
 
 def test_committed_report_covers_what_ships(gpu_report: ModuleType) -> None:
     committed = json.loads((gpu_report.RESULTS / "gpu_report.json").read_text())
-    reported = [(entry["arch"], entry["kernel"], entry["config"]) for entry in committed["kernels"]]
+    reported = [(entry["arch"], entry["kernel"], entry["config"], entry["source"]) for entry in committed["kernels"]]
     shipped = [
-        (arch, spec.name, spec.config._asdict())
+        (arch, spec.name, spec.config._asdict(), gpu_report.source_digest(spec.kernel))
         for arch in gpu_report.ARCHITECTURES
         for spec in gpu_report.specializations(arch)
     ]
@@ -86,8 +86,8 @@ def test_what_is_compiled_is_what_is_launched(
     monkeypatch.setattr(linear_logprob, "MIN_SAMPLED_WORK", 0)
     monkeypatch.setattr(sampled_grad, "MAX_SHARE", 1.0)
     # The interpreter upcasts 16-bit operands, and has TMA descriptors where it can and pointers elsewhere.
-    listed = [spec for arch in ("sm_80", "sm_90") for spec in gpu_report.specializations(arch)]
-    listed = [spec for spec in listed if "bf16" not in spec.name]
+    specs = [(arch, spec) for arch in ("sm_80", "sm_90") for spec in gpu_report.specializations(arch)]
+    listed = {(arch, spec.name): spec for arch, spec in specs if "bf16" not in spec.name}
     launches: dict[str, list[dict[str, object]]] = {}
 
     def recorder(kernel: Any) -> Callable[..., None]:
@@ -97,27 +97,28 @@ def test_what_is_compiled_is_what_is_launched(
 
         return record
 
-    for kernel in {spec.kernel.__name__: spec.kernel for spec in listed}.values():
+    for kernel in {spec.kernel.__name__: spec.kernel for spec in listed.values()}.values():
         monkeypatch.setattr(kernel, "pre_run_hooks", [recorder(kernel)])
-    hidden, weight, targets = make_problem(40, 160, 32, device=device)
-    head = pf.LMHead(weight.requires_grad_())
-    hidden.requires_grad_()
-    targets[::7] = -100  # rows are then picked by index
-    for tolerance in (0.0, 2.0**-3):
-        stats = pf.token_logprobs(
-            hidden, head, targets, ("log_sum_sq_probs",), grad_tolerance=tolerance, backend="triton"
-        )
-        stats.logprobs.sum().backward()
-    pf.token_log_ratio(hidden, head, hidden, head, targets, backend="triton")
+    for hidden_size in (32, 21):  # whose rows are of whole 16 bytes, and are not
+        hidden, weight, targets = make_problem(40, 160, hidden_size, device=device)
+        head = pf.LMHead(weight.requires_grad_())
+        hidden.requires_grad_()
+        targets[::7] = -100  # rows are then picked by index
+        for tolerance in (0.0, 2.0**-3):
+            stats = pf.token_logprobs(
+                hidden, head, targets, ("log_sum_sq_probs",), grad_tolerance=tolerance, backend="triton"
+            )
+            stats.logprobs.sum().backward()
+        pf.token_log_ratio(hidden, head, hidden, head, targets, backend="triton")
     cu_seqlens = torch.tensor([0, 15, 40], dtype=torch.int32, device=device)
     sequence_statistics(stats.logprobs, stats.mask, stats.log_sum_sq_probs, cu_seqlens)
 
     launched = {
-        spec.name
-        for spec in listed
+        key
+        for key, spec in listed.items()
         if any(_is_launch_of(spec, launch) for launch in launches.get(spec.kernel.__name__, ()))
     }
-    assert launched == {spec.name for spec in listed}
+    assert launched == set(listed)
 
 
 def _is_launch_of(spec: Any, launch: dict[str, Any]) -> bool:

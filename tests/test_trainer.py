@@ -29,6 +29,7 @@ from prefopt_fast import PAIRWISE_LOSSES, TokenStats, frozen, trainer
 from prefopt_fast.batch import TRUNCATION_SIDES, encode, load_preferences
 from prefopt_fast.cli import main
 from prefopt_fast.config import OBJECTIVES, DataOptions, TrainConfig
+from prefopt_fast.metrics import summarize
 from prefopt_fast.objectives import make_objective
 from prefopt_fast.policy import load_model, load_tokenizer
 from prefopt_fast.trainer import BatchPlan, train
@@ -208,6 +209,18 @@ def test_every_objective_has_a_gradient(objective: str) -> None:
     loss.sum().backward()
     assert loss.shape == (2,) and logprobs.grad is not None and bool((logprobs.grad[:6] != 0).all())
     assert all(value.shape == (2,) and not value.requires_grad for value in metrics.values())
+
+
+def test_what_the_gradient_of_the_head_did_is_logged(inputs: dict[str, str], tmp_path: Path) -> None:
+    steps = {"max_steps": 2, "ref_model": inputs["other"]}
+    for line in run(inputs, tmp_path / "sampled", **steps, grad_tolerance="0.1"):
+        assert 0 < line["head/columns_kept"] <= 1
+        assert 0 <= line["head/estimated_error"] <= 0.1
+        assert "head/pairs" not in line
+    exact = run(inputs, tmp_path / "exact", **steps, grad_tolerance="0")[0]
+    assert not any(name.startswith("head/") for name in exact)
+    sums = {"pairs": 8.0, "loss": 4.0, "head/columns_kept": 1.0, "head/pairs": 2.0}
+    assert summarize(sums) == {"loss": 0.5, "head/columns_kept": 0.5}, "over the pairs whose gradient was not exact"
 
 
 def test_mixtures_are_named_as_in_trl(inputs: dict[str, str], tmp_path: Path) -> None:
