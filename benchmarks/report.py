@@ -1,6 +1,6 @@
 """``make bench``, ``prefopt-fast bench``: measure the LM-head peers, and write Markdown, JSON and plots.
 
-The full mode takes about forty minutes on two CPU cores and writes to benchmarks/results; ``--short`` takes seconds on
+The full mode takes about fifty minutes on two CPU cores and writes to benchmarks/results; ``--short`` takes seconds on
 tiny shapes, to test it. ``--suites linear_logprob train_step drift`` also runs bench_train_step.py and the small model
 of drift.py, ten minutes each; what they and the other parts of drift.py leave in the output folder becomes a section of
 the report. ``--suites`` without a name writes the report again from the results that are there.
