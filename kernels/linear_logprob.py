@@ -679,7 +679,7 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     needed = list(ctx.needs_input_grad[:3])
     steering = (ctx.scale, ctx.softcap, ctx.ignore_index, ctx.tolerance, ctx.seed)
     *gradients, report = _backward_op(grad.contiguous(), *ctx.saved_tensors, *steering, needed)
-    if ctx.report is not None:
+    if ctx.report is not None and type(report) is Tensor:  # what traces a backward has no values yet
         columns_kept, estimated_error, dense_chunks, chunks = report.tolist()
         ctx.report.values = (columns_kept, None, estimated_error, int(dense_chunks), int(chunks))
     return (*(g if need else None for g, need in zip(gradients, needed, strict=True)), *[None] * 7)
@@ -716,9 +716,8 @@ def linear_logprob(
     if "is_top1" in outputs:
         outputs["is_top1"] = outputs["is_top1"].bool()
     report = None
-    if tolerance > 0 and not torch.compiler.is_compiling():
-        report = Report()
-        logprobs.grad_fn.report = report  # the backward's ctx
+    if tolerance > 0 and not torch.compiler.is_compiling() and (node := logprobs.grad_fn) is not None:
+        report = node.report = Report()  # the node is the backward's ctx
     return {"logprobs": logprobs, **outputs}, report
 
 
