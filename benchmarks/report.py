@@ -233,7 +233,7 @@ def grad_report(problem: Problem, tolerance: float, backend: str) -> dict[str, f
     problem = problem.leaves()
     head = pf.LMHead(problem.weight)
     stats = pf.token_logprobs(problem.hidden, head, problem.targets, grad_tolerance=tolerance, backend=backend)
-    stats.logprobs.backward(problem.upstream)
+    peers.backward(stats.logprobs, problem)
     return None if stats.grad_report is None else asdict(stats.grad_report)
 
 

@@ -556,7 +556,7 @@ def _backward_op(
         grad = grad / unit
     token_factors = _token_factors(grad, logprobs, logsumexp, scale)
     bias = None if bias is None else bias.contiguous()
-    operands = (scored, weight.contiguous(), bias, scored_targets, token_factors, (scale, softcap))
+    operands = (scored, weight.contiguous(), bias, token_factors, (scale, softcap))
     slots = None
     if tolerance > 0:
         arch = configs.architecture(hidden.device)
@@ -564,7 +564,7 @@ def _backward_op(
         tile = configs.lookup("sampled_grad_logits", arch, hidden.dtype, hidden.shape[1]).block_v
         slots, report = draw_slots(column_sq, scored_targets, grad, logprobs, tolerance, seed, tile, block_n)
     if slots is None:
-        _exact_gradients(*operands, unit, rows, (dhidden, dweight, dbias))
+        _exact_gradients(*operands, scored_targets, unit, rows, (dhidden, dweight, dbias))
     else:
         chunk = BLOCKS_PER_CHUNK * block_n
         sampled_gradients(*operands, slots, chunk, center, unit, rows, (dhidden, dweight, dbias))
@@ -575,9 +575,9 @@ def _exact_gradients(
     hidden: Tensor,  # (n, H)
     weight: Tensor,  # (V, H)
     bias: Tensor | None,  # (V,)
-    targets: Tensor,  # (n,)
     token_factors: Tensor,  # (3, n)
     transform: tuple[float, float | None],
+    targets: Tensor,  # (n,)
     unit: Tensor | None,  # (), or None: what the gradients are to be multiplied with
     rows: Tensor | None,  # (n,)
     gradients: tuple[Tensor | None, Tensor | None, Tensor | None],

@@ -60,6 +60,7 @@ class Slots(NamedTuple):
     first_slots: Tensor  # (chunks + 1,), int32
     bounds: list[int]  # the same
     positions: Tensor  # (chunks, V), int32: the slot of a column, or −1
+    targets: Tensor  # (n,), int32: the slot of each token's target, or −1 where that does not exist
 
 
 @triton.jit(do_not_specialize=VARYING_SIZES)
@@ -314,7 +315,8 @@ def draw_slots(
     n_chunks = triton.cdiv(n_blocks, BLOCKS_PER_CHUNK)
     chunk = BLOCKS_PER_CHUNK * block_tokens
     device = column_sq.device
-    targets = targets.clamp(0, vocab_size - 1)
+    exists = (targets >= 0) & (targets < vocab_size)
+    targets = targets.where(exists, 0)
 
     def by_chunk(values: Tensor) -> Tensor:  # (n,) → (chunks, C)
         return pad(values, (0, n_chunks * chunk - len(values))).view(n_chunks, chunk)
@@ -358,13 +360,15 @@ def draw_slots(
     taken = rank < counts[chunks]
     index = torch.searchsorted(order, (starts[chunks] + rank + 1).int()).where(taken, 0)
     positions = order.view(n_chunks, vocab_size) + (first_slots[:-1] - starts - 1).int()[:, None]
+    positions.masked_fill_(~drawn.view(n_chunks, vocab_size), -1)
     return Slots(
         (index % vocab_size).where(taken, vocab_size).int(),
         (1 / keep[index]).where(taken, 0.0),
         chunks[::tile].int(),
         first_slots.int(),
         bounds,
-        positions.masked_fill_(~drawn.view(n_chunks, vocab_size), -1),
+        positions,
+        positions[chunk_of_token, targets].where(exists, -1),
     ), report
 
 
@@ -372,7 +376,6 @@ def sampled_gradients(
     hidden: Tensor,  # (n, H)
     weight: Tensor,  # (V, H)
     bias: Tensor | None,  # (V,)
-    targets: Tensor,  # (n,)
     token_factors: Tensor,  # (3, n)
     transform: tuple[float, float | None],
     slots: Slots,
@@ -403,14 +406,11 @@ def sampled_gradients(
     groups = chunk_groups(slots, budget // (chunk * dtype.itemsize))
     accumulate = len(groups) > 1
     dweight, dbias = (torch.zeros_like(g, dtype=torch.float32) if accumulate and g is not None else g for g in results)
-    exists = (targets >= 0) & (targets < vocab_size)
-    chunk_of_token = torch.arange(len(targets), device=device) // chunk
-    target_slots = slots.positions[chunk_of_token, targets.where(exists, 0)].where(exists, -1)
     n_most = max(last - first for _, _, first, last in groups)
     workspace = hidden.new_empty(n_most, chunk)
     tile_sums = hidden.new_empty(n_most // logits_config.block_v, chunk, dtype=torch.float32)
     for first_chunk, last_chunk, first_slot, last_slot in groups:
-        tokens = slice(first_chunk * chunk, min(last_chunk * chunk, len(targets)))
+        tokens = slice(first_chunk * chunk, min(last_chunk * chunk, len(hidden)))
         h, n_tokens = hidden[tokens], tokens.stop - tokens.start
         columns = slots.columns[first_slot:last_slot]
         config = logits_config
@@ -422,7 +422,7 @@ def sampled_gradients(
             columns,
             slots.weights[first_slot:last_slot],
             slots.tile_chunks[tiles] - first_chunk,
-            target_slots[tokens] - first_slot,
+            slots.targets[tokens] - first_slot,
             token_factors[:, tokens].contiguous(),
             workspace,
             tile_sums,

@@ -66,6 +66,15 @@ def choose_epsilon(
     return epsilon, epsilon * slope - offset
 
 
+def highest_epsilon(tolerance: float) -> float:
+    """What any group may choose at most.
+
+    A column drawn with π_v = n_v / ε is wrong by p_tv / π_v ≤ ε tol_t for its token: from OUTLIER · τ on, failing
+    tokens would be those with a draw, and the others be left without what they drew nothing of.
+    """
+    return OUTLIER / 2 * tolerance
+
+
 def select_columns(
     score: Tensor,  # (V,)
     epsilon: float,
@@ -246,14 +255,6 @@ class Steering:
     def budget(self) -> float:
         """Of choose_epsilon, for each of counted_tokens: with it the estimated error is about what is aimed at."""
         return MARGIN**2 * self.tolerance**2 * self.expected / self.found
-
-    def highest_epsilon(self) -> float:
-        """What any group may choose at most.
-
-        A column drawn with π_v = n_v / ε is wrong by p_tv / π_v ≤ ε tol_t for its token: from OUTLIER · τ on, failing
-        tokens would be those with a draw, and the others be left without what they drew nothing of.
-        """
-        return OUTLIER / 2 * self.tolerance
 
     def wants_dense(self, groups: int) -> bool:
         """Whether a walk for so many groups should not even be tried: after failures in a row 3, 9, 21, … are not."""

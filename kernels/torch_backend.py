@@ -45,6 +45,7 @@ from .sparse_grad import (
     coherent_variance,
     counted_tokens,
     failing_tokens,
+    highest_epsilon,
     make_sample,
     sampling_variance,
     select_columns,
@@ -537,7 +538,7 @@ class _Forward:
             shape = (len(tokens), self.head.weight.shape[0])
             uniform = torch.rand(shape, generator=self.generator, device=tokens[0].device, dtype=self.head.dtype)
             lowest, budget = steering.lowest_epsilon(max(map(len, tokens))), steering.budget()
-            chunks.append(_Chunk(tokens, uniform, workspace, lowest, steering.highest_epsilon(), budget, typical))
+            chunks.append(_Chunk(tokens, uniform, workspace, lowest, budget, typical))
         for chunk, found in zip(chunks, _side_by_side(self.sampled_chunk, chunks), strict=True):
             if found is None:
                 steering.record_dense(len(chunk.groups), in_vain=True)
@@ -574,7 +575,7 @@ class _Forward:
         One walk serves several groups of tokens, each with columns of its own: a wide product is the faster one, and
         few tokens need fewer columns.
         """
-        groups, uniform, workspace, lowest, highest, budget, typical = chunk
+        groups, uniform, workspace, lowest, budget, typical = chunk
         head, rows = self.head, torch.cat(groups)
         targets = self.targets[rows]
         hidden = head.product_input(self.hidden[rows])
@@ -589,7 +590,7 @@ class _Forward:
         candidates, squares = found
         parts = [slice(*pair) for pair in pairwise(bounds)]
         counted = sum(counted_tokens(walk.rest[part], walk.target[part], typical) for part in parts)
-        epsilon, error = choose_epsilon(squares, lowest, highest, budget * counted)
+        epsilon, error = choose_epsilon(squares, lowest, highest_epsilon(self.tolerance), budget * counted)
         expected = error / max(self.tolerance**2 * counted, TINY)
         return [
             self.sampled_group(group, walk, part, columns, typical, epsilon, expected)
@@ -633,6 +634,8 @@ class _Forward:
         head, targets, workspace = self.head, walk.targets[group], walk.workspace
         hidden, rest, target = walk.hidden[group], walk.rest[group], walk.target[group]
         total = rest + target
+        if not total.isfinite().all():
+            return _Group(rows, None, None)  # else one token's NaN would be that of all
         others, at_target = walk.gradient_rest[group] / total, self.at_target[rows]
         squares = torch.mul(found.exp, found.exp, out=workspace("squares", *found.exp.shape))
         score = squares.mv(token_weights(rest, target, typical).square_()).sqrt_()
@@ -641,8 +644,6 @@ class _Forward:
         if self.need_weight:
             states = hidden.to(head.dtype)
             length, projected = states.square().sum(1), states @ self.sketch
-        if not total.isfinite().all():
-            return _Group(rows, None, None)  # else one token's NaN would be that of all
         for _ in range(2):
             drawn = self.draw(found, score, epsilon, total, others, workspace)
             if drawn is None:
@@ -698,7 +699,6 @@ class _Chunk(NamedTuple):
     uniform: Tensor  # (groups, V), the draws
     workspace: _Workspace
     lowest: float  # ε
-    highest: float
     budget: float  # of a token's squared error
     typical: float  # 1 − p_y of the tokens before
 

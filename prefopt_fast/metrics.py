@@ -44,9 +44,11 @@ def summarize(sums: Mapping[str, float]) -> dict[str, float]:
     """
     pairs = sums["pairs"]
     inexact = sums.get(HEAD + "pairs", pairs)
-    means = {name: value / (inexact if name.startswith(HEAD) else pairs) for name, value in sums.items()}
-    for name in ("pairs", HEAD + "pairs"):
-        means.pop(name, None)
+    means = {
+        name: value / (inexact if name.startswith(HEAD) else pairs)
+        for name, value in sums.items()
+        if name not in ("pairs", HEAD + "pairs")
+    }
     if (squared := means.pop("wpo/squared_weight", None)) is not None:
         means["wpo/effective_sample_size"] = means["wpo/weight"] ** 2 / squared if squared else 0.0
     return means

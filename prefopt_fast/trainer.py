@@ -653,8 +653,8 @@ def _head_metrics(report: GradReport | None, loss: torch.Tensor) -> dict[str, to
     if report is None:
         return {}
     names = ("columns_kept", "estimated_error", "dense_chunks")
-    values = {name: torch.full_like(loss, getattr(report, name)) for name in names}
-    return {HEAD + name: value for name, value in {**values, "pairs": torch.ones_like(loss)}.items()}
+    values = {"pairs": 1, **{name: getattr(report, name) for name in names}}
+    return {HEAD + name: torch.full_like(loss, value) for name, value in values.items()}
 
 
 def _length(row: dict[str, Any]) -> int:
