@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import inputs
 import torch
 from inputs import Problem
-from prefopt_fast.kernels import configs
+from prefopt_fast.kernels import configs, sampled_grad
 
 import prefopt_fast as pf
 
@@ -116,14 +116,14 @@ def tune(
 def fits(name: str, config: configs.Config, arch: str, dtype: torch.dtype, hidden_size: int) -> bool:
     """Whether the kernels that share a layout still agree: see kernels/sampled_grad.py.
 
-    Columns are kept in tiles of sampled_grad_logits' block_v, which sampled_dhidden reads in steps of its own.
+    Columns are kept in tiles of sampled_grad_logits' block_v, which sampled_dhidden reads in steps of its own, and
+    tokens in chunks of so many of the forward's block_n, of which the other kernels' must be parts.
     """
-    if name == "sampled_dhidden":
-        tile = configs.lookup("sampled_grad_logits", arch, dtype, hidden_size).block_v
-        return tile % config.block_v == 0
-    if name == "sampled_grad_logits":
-        return config.block_v % configs.lookup("sampled_dhidden", arch, dtype, hidden_size).block_v == 0
-    return True
+    shared = ("forward", *(other for other in KERNELS if other.startswith("sampled")))
+    found = {other: configs.lookup(other, arch, dtype, hidden_size) for other in shared} | {name: config}
+    chunk = sampled_grad.BLOCKS_PER_CHUNK * found["forward"].block_n
+    whole_tile = found["sampled_grad_logits"].block_v % found["sampled_dhidden"].block_v == 0
+    return whole_tile and all(chunk % found[other].block_n == 0 for other in shared)
 
 
 def make_step(kernel: Kernel, problem: Problem, backend: str) -> Callable[[], Any]:

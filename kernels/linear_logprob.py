@@ -54,7 +54,11 @@ TOKEN_BLOCKS_PER_GROUP = 16
 
 # N·V·H under which choosing columns costs more time than it saves, as measured on an H100.
 MIN_SAMPLED_WORK = 4e11
+# Of its tolerance that dweight is aimed at. Hidden states share directions, so that what a chunk's tokens add to the
+# error of a row adds up: with text dweight's error is about 1.2 times what it would be if they shared none.
+COHERENCE = 0.75
 FP16_LARGEST = 256.0  # of ∂loss/∂logits: ample room above for 1/π · ∂loss/∂logits, and the most below
+LOWER_BOUND_BLOCKS = {"BLOCK_N": 8, "BLOCK_H": 256}
 WORKSPACE_BYTES = 128 << 20  # of ∂loss/∂logits that the backward holds at a time, for a range of the vocabulary
 
 
@@ -67,7 +71,9 @@ def _forward_kernel(
     partials,  # (2 + SUM_SQ + ENTROPY + SUM, splits, n), fp32
     target_logits,  # (n,), fp32
     seed,  # (n,), fp32: a lower bound of the base-2 log-sum-exp, or None: no column sums are asked for
-    column_sq,  # (⌈n / BLOCK_N⌉, V), bf16: Σ_t p_tv² over a block's tokens, from above but for bf16's rounding
+    # (⌈n / BLOCK_N⌉, V), bf16: Σ_t p_tv² over a block's tokens, from above but for bf16's rounding; infinite for the
+    # target of any of them
+    column_sq,
     n_tokens,
     vocab_size,
     hidden_size,
@@ -163,6 +169,59 @@ def _forward_kernel(
     here = (target >= first_column) & (target < last_column)
     nowhere = ((target < 0) | (target >= vocab_size)) & (tokens < tl.where(split == 0, n_tokens, 0))
     tl.store(target_logits + tokens, tl.where(here, target_logit, float("nan")), mask=here | nowhere)
+    if seed is not None:
+        tl.debug_barrier()  # the loop's stores, which other threads made, come first
+        slot = column_sq + tl.cast(token_block, tl.int64) * vocab_size + target
+        tl.store(slot, tl.full((BLOCK_N,), float("inf"), tl.bfloat16), mask=here)
+
+
+@triton.jit(do_not_specialize=VARYING_SIZES)
+def _lower_bound_kernel(
+    hidden,  # (n, H)
+    weight,  # (V, H)
+    bias,  # (V,) or None
+    targets,  # (n,)
+    is_seed,  # (V,), bool: the columns that the partials know
+    partials,  # (2, splits, n), fp32
+    bounds,  # (n,), fp32
+    n_tokens,
+    vocab_size,
+    hidden_size,
+    n_splits,
+    scale,
+    softcap,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+):
+    """Base-2 log-sum-exp of the seed columns and the token's own target: no more than that of all columns."""
+    tokens = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    scored = tokens < n_tokens
+    target = tl.load(targets + tokens, mask=scored, other=0)
+    exists = scored & (target >= 0) & (target < vocab_size)
+    products = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
+    for k in tl.range(0, hidden_size, BLOCK_H):
+        inner = k + tl.arange(0, BLOCK_H)
+        inside = exists[:, None] & (inner < hidden_size)[None, :]
+        h = tl.load(hidden + tokens.to(tl.int64)[:, None] * hidden_size + inner[None, :], mask=inside, other=0.0)
+        w = tl.load(weight + target.to(tl.int64)[:, None] * hidden_size + inner[None, :], mask=inside, other=0.0)
+        products += h.to(tl.float32) * w.to(tl.float32)
+    product = tl.sum(products, 1)
+    if bias is not None:
+        product += tl.load(bias + target, mask=exists, other=0.0).to(tl.float32)
+    added = exists & (tl.load(is_seed + target, mask=exists, other=0) == 0)
+    logit = tl.where(added, base2_logits(product, scale, softcap, HAS_SOFTCAP), float("-inf"))
+
+    splits = tl.arange(0, BLOCK_SPLITS)
+    known = (splits < n_splits)[:, None] & scored[None, :]
+    slots = partials + splits[:, None].to(tl.int64) * n_tokens + tokens[None, :]
+    split_maximum = tl.load(slots, mask=known, other=float("-inf"))
+    maximum = tl.maximum(tl.max(split_maximum, 0), logit)
+    reference = tl.where(maximum == float("-inf"), 0.0, maximum)
+    split_total = tl.load(slots + tl.cast(n_splits, tl.int64) * n_tokens, mask=known, other=0.0)
+    total = tl.sum(split_total * tl.exp2(split_maximum - reference[None, :]), 0) + tl.exp2(logit - reference)
+    tl.store(bounds + tokens, reference + tl.log2(total), mask=scored)
 
 
 @triton.jit(do_not_specialize=VARYING_SIZES)
@@ -370,10 +429,49 @@ def scored_rows(
 
     Costs one synchronization; without it the ignored tokens, often half of a batch of pairs, would be computed.
     """
-    rows = (targets != ignore_index).nonzero().squeeze(-1)
+    return _take_rows(hidden, targets, (targets != ignore_index).nonzero().squeeze(-1))
+
+
+def _take_rows(hidden: Tensor, targets: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     if len(rows) == len(targets):
         return hidden.contiguous(), targets.contiguous(), None
     return hidden.index_select(0, rows), targets.index_select(0, rows), rows
+
+
+def _seed(
+    hidden: Tensor,  # (n, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    targets: Tensor,  # (n,)
+    transform: tuple[float, float | None],
+) -> tuple[Tensor, Tensor]:
+    """Lower bounds of the base-2 log-sum-exps, (n,), and the mean row of weight of the most frequent targets, (H,)."""
+    n_tokens, hidden_size = hidden.shape
+    scale, softcap = transform
+    frequent = frequent_columns(targets, len(weight))
+    is_seed = torch.zeros(len(weight), dtype=torch.bool, device=weight.device).index_fill_(0, frequent, True)
+    rows, biases = weight[frequent], None if bias is None else bias[frequent]
+    partials, _, _ = forward_partials(hidden, rows, biases, torch.full_like(targets, -1), transform)
+    bounds = hidden.new_empty(n_tokens, dtype=torch.float32)
+    _lower_bound_kernel[(triton.cdiv(n_tokens, LOWER_BOUND_BLOCKS["BLOCK_N"]),)](
+        hidden,
+        weight,
+        None if bias is None else bias.contiguous(),
+        targets,
+        is_seed,
+        partials,
+        bounds,
+        n_tokens,
+        len(weight),
+        hidden_size,
+        partials.shape[1],
+        scale,
+        softcap or 0.0,
+        HAS_SOFTCAP=softcap is not None,
+        **LOWER_BOUND_BLOCKS,
+        BLOCK_SPLITS=triton.next_power_of_2(partials.shape[1]),
+    )
+    return bounds, rows.mean(0, dtype=torch.float32)
 
 
 @torch.library.custom_op("prefopt_fast::linear_logprob", mutates_args=(), tags=SYNCHRONIZES)
@@ -389,11 +487,11 @@ def _forward_op(
     ignore_index: int,
     tolerance: float,
     seed: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """logprobs (N,), logsumexp (N,) and the asked statistics (len(stats), N); stats are names joined by commas.
 
-    At a ``tolerance`` over 0 also what a sampled gradient needs: the column sums (blocks of scored tokens, V), and the
-    mean of the most frequent targets' rows of weight (H,); else both are empty.
+    At a ``tolerance`` over 0 also what a sampled gradient needs: the column sums (blocks of scored tokens, V), the mean
+    of the most frequent targets' rows of weight (H,) and the rows of the scored tokens (n,); else these are empty.
     """
     names = tuple(stats.split(",")) if stats else ()
     n_rows = len(targets)
@@ -402,17 +500,13 @@ def _forward_op(
     values = logprobs.new_zeros(len(names), n_rows)
     column_sq = weight.new_empty(0, len(weight), dtype=torch.bfloat16)
     center = logprobs.new_empty(weight.shape[1] if tolerance > 0 else 0)
-    scored, scored_targets, rows = scored_rows(hidden, targets, ignore_index)
+    scored_index = (targets != ignore_index).nonzero().squeeze(-1)
+    scored, scored_targets, rows = _take_rows(hidden, targets, scored_index)
     if n_tokens := len(scored):
         weight = weight.contiguous()
         lower_bound = None
         if tolerance > 0:
-            frequent = frequent_columns(scored_targets, len(weight))
-            seed_weight, seed_bias = weight[frequent], None if bias is None else bias[frequent]
-            none = torch.full_like(scored_targets, -1)
-            known, _, _ = forward_partials(scored, seed_weight, seed_bias, none, (scale, softcap))
-            lower_bound = torch.logsumexp((known[0] + known[1].log2()) * math.log(2.0), 0) * math.log2(math.e)
-            center = seed_weight.mean(0, dtype=torch.float32)
+            lower_bound, center = _seed(scored, weight, bias, scored_targets, (scale, softcap))
         partials, target_logits, sums = forward_partials(
             scored, weight, bias, scored_targets, (scale, softcap), names, lower_bound
         )
@@ -435,7 +529,8 @@ def _forward_op(
             BLOCK_N=block_n,
             BLOCK_SPLITS=block_splits,
         )
-    return logprobs, logsumexp, values, column_sq, center
+    kept_index = scored_index if tolerance > 0 else scored_index.new_empty(0)
+    return logprobs, logsumexp, values, column_sq, center, kept_index
 
 
 @_forward_op.register_fake
@@ -450,16 +545,17 @@ def _(
     ignore_index: int,
     tolerance: float,
     seed: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     logprobs = hidden.new_empty(targets.shape, dtype=torch.float32)
     n_stats = len(stats.split(",")) if stats else 0
-    n_blocks = torch.library.get_ctx().new_dynamic_size() if tolerance > 0 else 0
+    n_blocks, n_scored = (torch.library.get_ctx().new_dynamic_size() if tolerance > 0 else 0 for _ in range(2))
     return (
         logprobs,
         torch.empty_like(logprobs),
         logprobs.new_empty(n_stats, *targets.shape),
         weight.new_empty(n_blocks, weight.shape[0], dtype=torch.bfloat16),
         logprobs.new_empty(weight.shape[1] if tolerance > 0 else 0),
+        targets.new_empty(n_scored, dtype=torch.int64),
     )
 
 
@@ -518,6 +614,7 @@ def _backward_op(
     logsumexp: Tensor,  # (N,)
     column_sq: Tensor,  # (blocks, V)
     center: Tensor,  # (H,)
+    scored_index: Tensor,  # (n,) at a tolerance over 0
     scale: float,
     softcap: float | None,
     ignore_index: int,
@@ -530,7 +627,10 @@ def _backward_op(
     Last what draw_slots reports, zeros where it is not called.
     """
     need_hidden, need_weight, need_bias = needed
-    scored, scored_targets, rows = scored_rows(hidden, targets, ignore_index)
+    if tolerance > 0:
+        scored, scored_targets, rows = _take_rows(hidden, targets, scored_index)
+    else:
+        scored, scored_targets, rows = scored_rows(hidden, targets, ignore_index)
     # dweight and dbias are written in whole, and so is dhidden where no token is ignored.
     row_major = torch.contiguous_format  # as the kernels write, whatever the operands' strides
     allocate = torch.empty_like if rows is None else torch.zeros_like
@@ -556,18 +656,18 @@ def _backward_op(
         grad = grad / unit
     token_factors = _token_factors(grad, logprobs, logsumexp, scale)
     bias = None if bias is None else bias.contiguous()
-    operands = (scored, weight.contiguous(), bias, token_factors, (scale, softcap))
+    operands = (scored, weight.contiguous(), bias, token_factors, (scale, softcap), scored_targets)
     slots = None
     if tolerance > 0:
         arch = configs.architecture(hidden.device)
         block_n = configs.lookup("forward", arch, hidden.dtype, hidden.shape[1]).block_n
         tile = configs.lookup("sampled_grad_logits", arch, hidden.dtype, hidden.shape[1]).block_v
-        slots, report = draw_slots(column_sq, scored_targets, grad, logprobs, tolerance, seed, tile, block_n)
+        train_head = dweight is not None or dbias is not None
+        slots, report = draw_slots(column_sq, grad, logprobs, tolerance, seed, tile, block_n, train_head)
     if slots is None:
-        _exact_gradients(*operands, scored_targets, unit, rows, (dhidden, dweight, dbias))
+        _exact_gradients(*operands, unit, rows, (dhidden, dweight, dbias))
     else:
-        chunk = BLOCKS_PER_CHUNK * block_n
-        sampled_gradients(*operands, slots, chunk, center, unit, rows, (dhidden, dweight, dbias))
+        sampled_gradients(*operands, slots, BLOCKS_PER_CHUNK * block_n, center, unit, rows, (dhidden, dweight, dbias))
     return *gradients, report
 
 
@@ -650,6 +750,7 @@ def _(
     logsumexp: Tensor,
     column_sq: Tensor,
     center: Tensor,
+    scored_index: Tensor,
     scale: float,
     softcap: float | None,
     ignore_index: int,
@@ -669,8 +770,8 @@ def _(
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, targets, ctx.scale, ctx.softcap, _, ctx.ignore_index, ctx.tolerance, ctx.seed = inputs
     logprobs, *detached = output
-    logsumexp, _, column_sq, center = detached
-    ctx.save_for_backward(hidden, weight, bias, targets, logprobs, logsumexp, column_sq, center)
+    logsumexp, _, *sampling = detached
+    ctx.save_for_backward(hidden, weight, bias, targets, logprobs, logsumexp, *sampling)
     ctx.report = None  # a Report, where linear_logprob has one filled in
     ctx.mark_non_differentiable(*detached)
 
@@ -706,10 +807,11 @@ def linear_logprob(
     # One draw serves all gradients asked for, so the strictest tolerance rules; 0 for any of them means exact ones.
     tolerance = 0.0
     if torch.is_grad_enabled() and hidden.shape[0] * weight.numel() >= MIN_SAMPLED_WORK:
-        trained = (weight.requires_grad or (bias is not None and bias.requires_grad), hidden.requires_grad)
-        tolerances = [t for t, need in zip(options.grad_tolerance[::-1], trained, strict=True) if need]
+        of_hidden, of_head = options.grad_tolerance
+        train_head = weight.requires_grad or (bias is not None and bias.requires_grad)
+        tolerances = ([of_hidden] if hidden.requires_grad else []) + ([COHERENCE * of_head] if train_head else [])
         tolerance = min(tolerances) if tolerances else 0.0  # torch.compile knows no min(…, default=…)
-    logprobs, _, values, _, _ = _forward_op(
+    logprobs, _, values, *_ = _forward_op(
         hidden, weight, bias, targets, *transform, ",".join(stats), options.ignore_index, tolerance, options.seed
     )
     outputs = dict(zip(stats, values.detach(), strict=True))
@@ -753,4 +855,12 @@ def aot_signatures(arch: str) -> Iterator[Specialization]:
         "rows": "*i64",
     }
     slots = {name.upper(): slot for slot, name in enumerate(STATS)}
+    for dtype in ("bf16", "fp32"):
+        bound_types = {
+            **dict.fromkeys(("hidden", "weight"), f"*{dtype}"),
+            **dict.fromkeys(("partials", "bounds"), "*fp32"),
+            **{"targets": "*i64", "is_seed": "*i1"},
+        }
+        constants = {"bias": None, "HAS_SOFTCAP": False, **LOWER_BOUND_BLOCKS, "BLOCK_SPLITS": 16}
+        yield specialize(f"lower_bound_{dtype}", _lower_bound_kernel, SMALL, bound_types, constants)
     yield specialize("combine", _combine_kernel, SMALL, types, {**slots, "BLOCK_N": 32, "BLOCK_SPLITS": 64})

@@ -21,6 +21,7 @@ it is taken out of dhidden again, which removes its part of the error and change
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -44,67 +45,144 @@ from .tiles import (
     tma_available,
 )
 
-BLOCKS_PER_CHUNK = 4  # of the forward's token blocks: wider chunks need more columns, narrower ones more traffic
+BLOCKS_PER_CHUNK = 2  # of the forward's token blocks: wider chunks need more columns, narrower ones more traffic
+SEGMENT = 2048  # of the vocabulary, for which one program draws the columns
 WORKSPACE_BYTES = 256 << 20  # of ∂loss/∂logits on the kept columns; more where that saves an fp32 copy of dweight
 MAX_SHARE = 0.25  # of the vocabulary, on average: over it the exact gradient is as fast
 SEED_SHARE = 32  # one in so many columns, the most frequent targets, gives the first bound of the log-sum-exp
-EPSILON_STEPS = 12
+# ε is looked for among 2 √(budget / V), which never is too large, and its products with powers of √2: with text and
+# synthetic inputs it is 3 to 6 times as large.
+CANDIDATES = 16
 
 
 class Slots(NamedTuple):
-    """The columns each chunk keeps."""
+    """The columns each chunk keeps, in its rows of ``columns`` and ``weights``; its slots are where they stand among
+    those of all chunks."""
 
-    columns: Tensor  # (S,), int32; V in padding
-    weights: Tensor  # (S,), fp32, 1/π; 0 in padding
-    tile_chunks: Tensor  # (S / BLOCK_V,), int32: the chunk a tile of slots belongs to
+    columns: Tensor  # (chunks, V in whole tiles), int32; V in padding
+    weights: Tensor  # (chunks, V in whole tiles), fp32, 1/π; 0 in padding
     first_slots: Tensor  # (chunks + 1,), int32
     bounds: list[int]  # the same
-    positions: Tensor  # (chunks, V), int32: the slot of a column, or −1
-    targets: Tensor  # (n,), int32: the slot of each token's target, or −1 where that does not exist
+    ranks: Tensor | None  # (chunks, V), int32: a column's place among those kept, or −1; None where not needed
+
+
+@triton.jit
+def _column_scores(
+    column_sq,  # (blocks, V)
+    block_weights,  # (blocks,)
+    chunk,
+    columns,
+    n_blocks,
+    vocab_size,
+    BLOCKS: tl.constexpr,
+):
+    """s_v of a chunk's columns: 0 outside, infinite for a target or where a token is NaN, which keeps the column."""
+    squares = tl.zeros(columns.shape, tl.float32)
+    for k in tl.static_range(BLOCKS):
+        block = chunk * BLOCKS + k
+        inside = columns < tl.where(block < n_blocks, vocab_size, 0)
+        block_squares = tl.load(column_sq + tl.cast(block, tl.int64) * vocab_size + columns, mask=inside, other=0.0)
+        block_weight = tl.load(block_weights + block, mask=block < n_blocks, other=0.0)
+        squares += tl.where(inside, block_squares.to(tl.float32) * block_weight, 0.0)
+    return tl.where(squares >= 0.0, tl.sqrt(squares), float("inf"))  # 0 · ∞ is NaN, and a target's
 
 
 @triton.jit(do_not_specialize=VARYING_SIZES)
-def _epsilon_kernel(
-    scores,  # (chunks, V), fp32: s_v
+def _errors_kernel(
+    column_sq,  # (blocks, V), bf16
+    block_weights,  # (blocks,), fp32
     budgets,  # (chunks,), fp32
-    epsilons,  # (chunks,), fp32
-    errors,  # (chunks,), fp32: the sum for that ε
+    errors,  # (chunks, CANDIDATES, segments), fp32
+    n_blocks,
     vocab_size,
-    STEPS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    n_segments,
+    BLOCKS: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+    SEGMENT: tl.constexpr,
 ):
-    """The largest ε, within 2⁻¹² of its bracket's octaves, with Σ_v max(0, s_v (ε − s_v)) ≤ budget.
+    """What a segment of the vocabulary adds to Σ_v max(0, s_v (ε − s_v)), for each candidate ε of a chunk."""
+    chunk = tl.program_id(0) // n_segments
+    segment = tl.program_id(0) % n_segments
+    columns = segment * SEGMENT + tl.arange(0, SEGMENT)
+    scores = _column_scores(column_sq, block_weights, chunk, columns, n_blocks, vocab_size, BLOCKS)
+    # A summand is at most ε²/4.
+    epsilon = 2.0 * tl.sqrt(tl.load(budgets + chunk) / vocab_size)
+    for k in tl.range(CANDIDATES):
+        error = tl.sum(tl.maximum(scores * (epsilon - scores), 0.0), 0)
+        tl.store(errors + (chunk * CANDIDATES + k) * n_segments + segment, error)
+        epsilon *= 1.4142135
 
-    Bracket: a summand is at most ε²/4, so 2 √(budget / V) is not too large; summing s_v (ε − s_v) without the maximum
-    gives too little, so (budget + Σ s²) / Σ s is not too small.
+
+@triton.jit(do_not_specialize=[*VARYING_SIZES, "seed_low", "seed_high"])
+def _select_kernel(
+    column_sq,  # (blocks, V), bf16
+    block_weights,  # (blocks,), fp32
+    budgets,  # (chunks,), fp32
+    errors,  # (chunks, CANDIDATES, segments), fp32
+    sums,  # (3, chunks, segments), fp32: columns kept, Σ π, expected squared error
+    kept,  # (chunks, V in whole tiles), int32, or None: only sums are asked for
+    weights,  # (chunks, V in whole tiles), fp32
+    ranks,  # (chunks, V), int32, or None
+    n_blocks,
+    vocab_size,
+    n_segments,
+    seed_low,
+    seed_high,
+    BLOCKS: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Draw a chunk's columns in a segment of the vocabulary; called twice, the second time with ``sums`` complete.
+
+    The sum is convex in ε: its chord between two candidates is not below it, so that where the chord meets the budget
+    the sum keeps it, and falls short by little.
     """
-    chunk = tl.program_id(0)
-    row = scores + tl.cast(chunk, tl.int64) * vocab_size
+    chunk = tl.program_id(0) // n_segments
+    segment = tl.program_id(0) % n_segments
+    n_chunks = tl.num_programs(0) // n_segments
+    segments = tl.arange(0, SEGMENTS)
+    exists = segments < n_segments
+    candidates = tl.arange(0, CANDIDATES)
     budget = tl.load(budgets + chunk)
-    sums = tl.zeros((BLOCK,), tl.float32)
-    squares = tl.zeros((BLOCK,), tl.float32)
-    for start in tl.range(0, vocab_size, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        score = tl.load(row + columns, mask=columns < vocab_size, other=0.0)
-        sums += score
-        squares += score * score
-    low = 2.0 * tl.sqrt(budget / vocab_size)
-    high = tl.maximum(low, (budget + tl.sum(squares, 0)) / tl.maximum(tl.sum(sums, 0), 1e-30))
-    error = budget
-    for _ in range(STEPS):
-        epsilon = tl.sqrt(low) * tl.sqrt(high)
-        summands = tl.zeros((BLOCK,), tl.float32)
-        for start in tl.range(0, vocab_size, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            score = tl.load(row + columns, mask=columns < vocab_size, other=0.0)
-            summands += tl.maximum(score * (epsilon - score), 0.0)
-        found = tl.sum(summands, 0)
-        fits = found <= budget
-        error = tl.where(fits, found, error)
-        low = tl.where(fits, epsilon, low)
-        high = tl.where(fits, high, epsilon)
-    tl.store(epsilons + chunk, low)
-    tl.store(errors + chunk, error)
+    parts = errors + (chunk * CANDIDATES + candidates[:, None]) * n_segments + segments[None, :]
+    error = tl.sum(tl.load(parts, mask=exists[None, :], other=0.0), 1)
+    # The first candidate fits but for roundings.
+    last = tl.maximum(tl.sum((error <= budget).to(tl.int32), 0) - 1, 0)
+    below = tl.sum(tl.where(candidates == last, error, 0.0), 0)
+    above = tl.sum(tl.where(candidates == last + 1, error, 0.0), 0)
+    step = tl.where(above > below, tl.maximum(budget - below, 0.0) / tl.maximum(above - below, 1e-30), 0.0)
+    epsilon = 2.0 * tl.sqrt(budget / vocab_size) * tl.exp2(0.5 * last) * (1.0 + 0.4142135 * step)
+
+    columns = segment * SEGMENT + tl.arange(0, SEGMENT)
+    inside = columns < vocab_size
+    scores = _column_scores(column_sq, block_weights, chunk, columns, n_blocks, vocab_size, BLOCKS)
+    # A chunk whose upstream gradient is all zero has a budget, scores and ε of 0 and keeps its targets alone.
+    keep = tl.minimum(scores / tl.maximum(epsilon, 1e-30), 1.0)
+    # A column's random number depends on nothing but the seed, the chunk and the column.
+    counter = tl.zeros_like(columns)
+    bits, _, _, _ = tl.philox(seed_low, columns, counter + chunk, counter + seed_high, counter)
+    drawn = inside & (tl.uint_to_uniform_float(bits) < keep)
+    stride = n_chunks * n_segments
+    own = sums + chunk * n_segments
+    if kept is None:
+        tl.store(own + segment, tl.sum(drawn.to(tl.float32), 0))
+        tl.store(own + stride + segment, tl.sum(tl.where(inside, keep, 0.0), 0))
+        tl.store(own + 2 * stride + segment, tl.sum(tl.maximum(scores * (epsilon - scores), 0.0), 0))
+    else:
+        counts = tl.load(own + segments, mask=exists, other=0.0).to(tl.int32)
+        rank = tl.sum(tl.where(segments < segment, counts, 0), 0) + tl.cumsum(drawn.to(tl.int32), 0) - 1
+        row = tl.cast(chunk, tl.int64) * (tl.cdiv(vocab_size, TILE) * TILE)
+        tl.store(kept + row + rank, columns, mask=drawn)
+        tl.store(weights + row + rank, 1.0 / tl.where(drawn, keep, 1.0), mask=drawn)
+        if ranks is not None:
+            tl.store(ranks + tl.cast(chunk, tl.int64) * vocab_size + columns, tl.where(drawn, rank, -1), mask=inside)
+        count = tl.sum(counts, 0)
+        padding = count + tl.arange(0, TILE)
+        missing = padding < tl.where(segment == 0, tl.cdiv(count, TILE) * TILE, 0)
+        tl.store(kept + row + padding, tl.zeros_like(padding) + vocab_size, mask=missing)
+        tl.store(weights + row + padding, tl.zeros(padding.shape, tl.float32), mask=missing)
 
 
 @triton.jit(do_not_specialize=VARYING_SIZES)
@@ -112,14 +190,16 @@ def _sampled_grad_logits_kernel(
     hidden,  # (n, H): descriptor or pointer
     weight,  # (V, H)
     bias,  # (V,) or None
-    columns,  # (S,)
-    weights,  # (S,)
-    tile_chunks,  # (S / BLOCK_V,)
-    target_slots,  # (n,)
+    columns,  # (chunks, V in whole tiles)
+    weights,  # (chunks, V in whole tiles)
+    first_slots,  # (chunks + 1,)
+    targets,  # (n,)
     token_factors,  # (3, n), fp32
     grad_logits,  # (S, C): transposed, so that a column's gradients lie together
     tile_sums,  # (S / BLOCK_V, C), fp32: each token's sum over a tile's slots
     n_tokens,
+    first_slot,  # that is the first of grad_logits
+    most_tiles,  # of a chunk
     vocab_size,
     hidden_size,
     scale,
@@ -133,11 +213,18 @@ def _sampled_grad_logits_kernel(
     BLOCK_H: tl.constexpr,
 ):
     """∂loss/∂x on a tile of a chunk's slots, divided by π."""
-    tile = tl.program_id(0) // (CHUNK // BLOCK_N)
-    within = tl.program_id(0) % (CHUNK // BLOCK_N) * BLOCK_N
-    first_token = tl.load(tile_chunks + tile) * CHUNK + within
-    slots = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-    column = tl.load(columns + slots)
+    token_blocks = CHUNK // BLOCK_N
+    program = tl.program_id(0)
+    chunk = program // (most_tiles * token_blocks)
+    tile = program // token_blocks % most_tiles
+    within = program % token_blocks * BLOCK_N
+    chunk_slot = tl.load(first_slots + chunk)
+    if chunk_slot + tile * BLOCK_V >= tl.load(first_slots + chunk + 1):
+        return
+    first_token = chunk * CHUNK + within
+    place = tl.cast(chunk, tl.int64) * (tl.cdiv(vocab_size, BLOCK_V) * BLOCK_V) + tile * BLOCK_V
+    ranks = tl.arange(0, BLOCK_V)
+    column = tl.load(columns + place + ranks)
     kept = column < vocab_size
     rows = weight + column.to(tl.int64)[:, None] * hidden_size
 
@@ -151,19 +238,21 @@ def _sampled_grad_logits_kernel(
     tokens = first_token + tl.arange(0, BLOCK_N)
     if bias is not None:
         product += tl.load(bias + column, mask=kept, other=0.0).to(tl.float32)[None, :]
-    grad = grad_of_product(product, tokens, slots, target_slots, token_factors, n_tokens, scale, softcap, HAS_SOFTCAP)
+    grad = grad_of_product(product, tokens, column, targets, token_factors, n_tokens, scale, softcap, HAS_SOFTCAP)
     # In padding the logit is 0, whose exponential over a very negative log-sum-exp is infinite.
-    grad = tl.where(kept[None, :], grad * tl.load(weights + slots)[None, :], 0.0)
+    grad = tl.where(kept[None, :], grad * tl.load(weights + place + ranks)[None, :], 0.0)
     local = within + tl.arange(0, BLOCK_N)
-    tl.store(tile_sums + tl.cast(tile, tl.int64) * CHUNK + local, tl.sum(grad, 1))
-    tl.store(grad_logits + slots.to(tl.int64)[None, :] * CHUNK + local[:, None], grad.to(grad_logits.dtype.element_ty))
+    slot = tl.cast(chunk_slot - first_slot, tl.int64) + tile * BLOCK_V
+    tl.store(tile_sums + slot // BLOCK_V * CHUNK + local, tl.sum(grad, 1))
+    out = grad_logits + slot * CHUNK + ranks[None, :] * CHUNK + local[:, None]
+    tl.store(out, grad.to(grad_logits.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=VARYING_SIZES)
 def _sampled_dhidden_kernel(
     grad_logits,  # (S, C)
     weight,  # (V, H)
-    columns,  # (S,)
+    columns,  # (chunks, V in whole tiles)
     first_slots,  # (chunks + 1,)
     tile_sums,  # (S / TILE, C), fp32
     center,  # (H,), fp32, or None
@@ -171,6 +260,7 @@ def _sampled_dhidden_kernel(
     dhidden,  # (N, H)
     unit,  # (1,), fp32, or None: what the gradient is to be multiplied with
     n_tokens,
+    first_slot,  # that is the first of grad_logits
     vocab_size,
     hidden_size,
     PRECISION: tl.constexpr,
@@ -190,11 +280,12 @@ def _sampled_dhidden_kernel(
     inside = features < hidden_size
 
     total = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
-    first_slot = tl.load(first_slots + chunk)
-    last_slot = tl.load(first_slots + chunk + 1)
-    for slot in tl.range(first_slot, last_slot, BLOCK_S):
+    start = tl.load(first_slots + chunk) - first_slot
+    end = tl.load(first_slots + chunk + 1) - first_slot
+    own = columns + tl.cast(chunk, tl.int64) * (tl.cdiv(vocab_size, TILE) * TILE) - start
+    for slot in tl.range(start, end, BLOCK_S):
         slots = slot + tl.arange(0, BLOCK_S)
-        column = tl.load(columns + slots).to(tl.int64)
+        column = tl.load(own + slots).to(tl.int64)
         g = tl.load(grad_logits + slots.to(tl.int64)[:, None] * CHUNK + within[None, :])
         w = tl.load(
             weight + column[:, None] * hidden_size + features[None, :],
@@ -205,7 +296,7 @@ def _sampled_dhidden_kernel(
 
     if center is not None:
         row_sum = tl.zeros((BLOCK_N,), tl.float32)
-        for tile in tl.range(first_slot // TILE, last_slot // TILE):
+        for tile in tl.range(start // TILE, end // TILE):
             row_sum += tl.load(tile_sums + tl.cast(tile, tl.int64) * CHUNK + within)
         total -= row_sum[:, None] * tl.load(center + features, mask=inside, other=0.0)[None, :]
     if unit is not None:
@@ -219,12 +310,13 @@ def _sampled_dhidden_kernel(
     tl.store(target, total.to(dhidden.dtype.element_ty), mask=scored[:, None] & inside[None, :])
 
 
-@triton.jit(do_not_specialize=[*VARYING_SIZES, "n_chunks"])
+@triton.jit(do_not_specialize=VARYING_SIZES)
 def _sampled_dweight_kernel(
     grad_logits,  # (S, C)
     hidden,  # (n, H)
     order,  # (V,), int32: vocabulary entries so sorted that neighbours are kept by the same chunks
-    positions,  # (chunks, V)
+    ranks,  # (chunks, V)
+    first_slots,  # (chunks + 1,)
     tile_chunks,  # (⌈V / BLOCK_V⌉, chunks), int32: the chunks that keep any of a tile's columns, first
     tile_counts,  # (⌈V / BLOCK_V⌉,), int32: how many they are
     dweight,  # (V, H) or None
@@ -232,6 +324,7 @@ def _sampled_dweight_kernel(
     unit,  # (1,), fp32, or None
     n_tokens,
     n_chunks,
+    first_slot,  # that is the first of grad_logits
     vocab_size,
     hidden_size,
     ACCUMULATE: tl.constexpr,
@@ -255,11 +348,13 @@ def _sampled_dweight_kernel(
     sums = tl.zeros((BLOCK_V,), tl.float32)
     for active in range(0, tl.load(tile_counts + tile)):
         chunk = tl.load(tile_chunks + tile * n_chunks + active)
-        slots = tl.load(positions + tl.cast(chunk, tl.int64) * vocab_size + ids, mask=exists, other=-1).to(tl.int64)
+        rank = tl.load(ranks + tl.cast(chunk, tl.int64) * vocab_size + ids, mask=exists, other=-1)
+        kept = rank >= 0
+        slots = (tl.load(first_slots + chunk) - first_slot + rank).to(tl.int64)
         for k in tl.range(0, CHUNK, BLOCK_N):
             within = k + tl.arange(0, BLOCK_N)
             tokens = chunk * CHUNK + within
-            g = tl.load(grad_logits + slots[:, None] * CHUNK + within[None, :], mask=(slots >= 0)[:, None], other=0.0)
+            g = tl.load(grad_logits + slots[:, None] * CHUNK + within[None, :], mask=kept[:, None], other=0.0)
             h = tl.load(
                 hidden + tokens.to(tl.int64)[:, None] * hidden_size + features[None, :],
                 mask=(tokens < n_tokens)[:, None] & inside[None, :],
@@ -296,80 +391,59 @@ def frequent_columns(
 
 
 def draw_slots(
-    column_sq: Tensor,  # (blocks, V): Σ_t p_tv² over a block's tokens
-    targets: Tensor,  # (n,)
+    column_sq: Tensor,  # (blocks, V): Σ_t p_tv² over a block's tokens, infinite for the target of any
     grad: Tensor,  # (n,)
     logprobs: Tensor,  # (n,)
     tolerance: float,
     seed: int,
     tile: int,
     block_tokens: int,
+    train_head: bool,
 ) -> tuple[Slots | None, Tensor]:
     """Draw the columns of each chunk, none where so many are needed that the exact gradient is as fast.
 
     Beside them columns_kept, estimated_error, dense_chunks and chunks (GradReport), (4,) float64 on the CPU. ``tile``
-    slots of a chunk make a tile; a block of ``column_sq`` holds ``block_tokens`` tokens. A target that does not exist,
-    whose log-prob is NaN, spoils no other token's gradient.
+    slots of a chunk make a tile; a block of ``column_sq`` holds ``block_tokens`` tokens.
     """
     n_blocks, vocab_size = column_sq.shape
     n_chunks = triton.cdiv(n_blocks, BLOCKS_PER_CHUNK)
     chunk = BLOCKS_PER_CHUNK * block_tokens
-    device = column_sq.device
-    exists = (targets >= 0) & (targets < vocab_size)
-    targets = targets.where(exists, 0)
-
-    def by_chunk(values: Tensor) -> Tensor:  # (n,) → (chunks, C)
-        return pad(values, (0, n_chunks * chunk - len(values))).view(n_chunks, chunk)
 
     # Only ratios matter, so the largest gradient may be 1, which keeps its square in fp32's range.
-    grad_sq = by_chunk((grad / grad.abs().amax().clamp_min(1e-30)).square())
+    largest = torch.linalg.vector_norm(grad, torch.inf).clamp_min(1e-30)
+    padding = (0, n_chunks * chunk - len(grad))
+    grad_sq, miss_sq = (pad(x.square(), padding) for x in (grad / largest, torch.expm1(logprobs)))
     # Within a block the largest upstream gradient stands for all: tokens of one sequence share theirs.
-    block_weights = grad_sq.view(-1, block_tokens).amax(1)[:n_blocks, None]
-    weighted = pad(column_sq * block_weights, (0, 0, 0, n_chunks * BLOCKS_PER_CHUNK - n_blocks))
-    scores = weighted.view(n_chunks, BLOCKS_PER_CHUNK, vocab_size).sum(1).sqrt_()
-    budgets = tolerance**2 * (grad_sq * by_chunk(torch.expm1(logprobs)).square()).nansum(1)
-    epsilons, errors = torch.empty_like(budgets), torch.empty_like(budgets)
-    block = 8192 if device.type == "cuda" else 1024
-    _epsilon_kernel[(n_chunks,)](scores, budgets, epsilons, errors, vocab_size, STEPS=EPSILON_STEPS, BLOCK=block)
-    estimate = tolerance * (errors.sum() / budgets.sum().clamp_min(1e-30)).sqrt()
+    block_weights = grad_sq.view(-1, block_tokens).amax(1)
+    budgets = (grad_sq * miss_sq).view(n_chunks, chunk).nansum(1) * tolerance**2
 
-    chunk_of_token = torch.arange(len(targets), device=device) // chunk
-    uniform = torch.rand(scores.shape, device=device, generator=torch.Generator(device).manual_seed(seed))
-    # A chunk whose upstream gradient is all zero has scores and ε of 0 and keeps its targets alone.
-    keep = (scores / epsilons.clamp_min(1e-30)[:, None]).clamp_(max=1.0).flatten()
-    keep.index_fill_(0, chunk_of_token * vocab_size + targets, 1.0)
-    drawn = uniform.flatten() < keep
-    order = drawn.cumsum(0, dtype=torch.int32)  # of the drawn columns, from 1 on
+    n_segments = triton.cdiv(vocab_size, SEGMENT)
+    sizes = {"BLOCKS": BLOCKS_PER_CHUNK, "CANDIDATES": CANDIDATES, "SEGMENT": SEGMENT}
+    errors = budgets.new_empty(n_chunks, CANDIDATES, n_segments)
+    scores = (column_sq, block_weights, budgets, errors)
+    _errors_kernel[(n_chunks * n_segments,)](*scores, n_blocks, vocab_size, n_segments, **sizes)
+    low, high = (word - (1 << 32) * (word >> 31) for word in (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF))
+    sizes |= {"SEGMENTS": triton.next_power_of_2(n_segments), "TILE": tile}
+    sums = budgets.new_empty(3, n_chunks, n_segments)
+    columns = torch.empty(n_chunks, triton.cdiv(vocab_size, tile) * tile, dtype=torch.int32, device=sums.device)
+    weights = torch.empty_like(columns, dtype=torch.float32)
+    ranks = columns.new_empty(n_chunks, vocab_size) if train_head else None
+    for written in ((None, None, None), (columns, weights, ranks)):
+        _select_kernel[(n_chunks * n_segments,)](
+            *scores, sums, *written, n_blocks, vocab_size, n_segments, low, high, **sizes
+        )
+    counts, shares, expected = sums.sum(2)
+    first_slots = pad((counts / tile).ceil_().mul_(tile).cumsum(0), (1, 0)).int()
+    # The one synchronization, for what launches and buffers need; all kernels of the draw are on their way.
+    totals = torch.stack([counts.sum(), shares.sum(), expected.sum(), budgets.sum()])
+    total, share, error, budget, *bounds = torch.cat([totals, first_slots]).tolist()
     # Whether to sample at all must not depend on the draw, which then would be one of those with few columns.
-    share = keep.mean()
-    last = order.view(n_chunks, vocab_size)[:, -1]
-    starts, counts = pad(last, (1, -1)), last.diff(prepend=last.new_zeros(1))
-    first_slots = pad(((counts + tile - 1) // tile * tile).cumsum(0), (1, 0))
-    # The one synchronization: the slots' bounds, which launches and buffers need, beside the bits of two numbers.
-    floats = torch.stack([share, estimate]).view(torch.int32)
-    numbers = torch.cat([floats, last[-1:], first_slots]).tolist()
-    bits = torch.tensor(numbers[:2], dtype=torch.int32, device="cpu")
-    expected_share, estimated_error = bits.view(torch.float32).tolist()
-    total, *bounds = numbers[2:]
-    if expected_share > MAX_SHARE:
+    if share > MAX_SHARE * n_chunks * vocab_size:
         return None, torch.tensor([1, 0, n_chunks, n_chunks], dtype=torch.float64, device="cpu")
-    report = torch.tensor([total / len(keep), estimated_error, 0, n_chunks], dtype=torch.float64, device="cpu")
-    slots = torch.arange(bounds[-1], device=device)
-    chunks = torch.searchsorted(first_slots[1:], slots, right=True)
-    rank = slots - first_slots[chunks]
-    taken = rank < counts[chunks]
-    index = torch.searchsorted(order, (starts[chunks] + rank + 1).int()).where(taken, 0)
-    positions = order.view(n_chunks, vocab_size) + (first_slots[:-1] - starts - 1).int()[:, None]
-    positions.masked_fill_(~drawn.view(n_chunks, vocab_size), -1)
-    return Slots(
-        (index % vocab_size).where(taken, vocab_size).int(),
-        (1 / keep[index]).where(taken, 0.0),
-        chunks[::tile].int(),
-        first_slots.int(),
-        bounds,
-        positions,
-        positions[chunk_of_token, targets].where(exists, -1),
-    ), report
+    estimated_error = tolerance * (error / max(budget, 1e-30)) ** 0.5
+    report = [total / (n_chunks * vocab_size), estimated_error, 0, n_chunks]
+    slots = Slots(columns, weights, first_slots, [int(bound) for bound in bounds], ranks)
+    return slots, torch.tensor(report, dtype=torch.float64, device="cpu")
 
 
 def sampled_gradients(
@@ -378,6 +452,7 @@ def sampled_gradients(
     bias: Tensor | None,  # (V,)
     token_factors: Tensor,  # (3, n)
     transform: tuple[float, float | None],
+    targets: Tensor,  # (n,)
     slots: Slots,
     chunk: int,
     center: Tensor | None,  # (H,)
@@ -403,30 +478,34 @@ def sampled_gradients(
     precision = dot_precision()
     # Several groups would accumulate dweight in fp32: a workspace of that size costs no more and saves the passes.
     budget = WORKSPACE_BYTES if results[0] is None else max(WORKSPACE_BYTES, 4 * weight.numel())
-    groups = chunk_groups(slots, budget // (chunk * dtype.itemsize))
+    groups = chunk_groups(slots.bounds, budget // (chunk * dtype.itemsize))
     accumulate = len(groups) > 1
     dweight, dbias = (torch.zeros_like(g, dtype=torch.float32) if accumulate and g is not None else g for g in results)
-    n_most = max(last - first for _, _, first, last in groups)
+    n_most = max(slots.bounds[last] - slots.bounds[first] for first, last in groups)
     workspace = hidden.new_empty(n_most, chunk)
     tile_sums = hidden.new_empty(n_most // logits_config.block_v, chunk, dtype=torch.float32)
-    for first_chunk, last_chunk, first_slot, last_slot in groups:
+    for first_chunk, last_chunk in groups:
         tokens = slice(first_chunk * chunk, min(last_chunk * chunk, len(hidden)))
-        h, n_tokens = hidden[tokens], tokens.stop - tokens.start
-        columns = slots.columns[first_slot:last_slot]
+        h, n_tokens, n_chunks = hidden[tokens], tokens.stop - tokens.start, last_chunk - first_chunk
+        columns, first_slots = slots.columns[first_chunk:], slots.first_slots[first_chunk:]
+        bounds = slots.bounds[first_chunk : last_chunk + 1]
+        first_slot = bounds[0]
         config = logits_config
-        tiles = slice(first_slot // config.block_v, last_slot // config.block_v)
-        _sampled_grad_logits_kernel[((tiles.stop - tiles.start) * (chunk // config.block_n),)](
+        most_tiles = max(end - start for start, end in pairwise(bounds)) // config.block_v
+        _sampled_grad_logits_kernel[(n_chunks * most_tiles * (chunk // config.block_n),)](
             operand(h, [config.block_n, config.block_h], tma),
             weight,
             bias,
             columns,
-            slots.weights[first_slot:last_slot],
-            slots.tile_chunks[tiles] - first_chunk,
-            slots.targets[tokens] - first_slot,
+            slots.weights[first_chunk:],
+            first_slots,
+            targets[tokens],
             token_factors[:, tokens].contiguous(),
             workspace,
             tile_sums,
             n_tokens,
+            first_slot,
+            most_tiles,
             vocab_size,
             hidden_size,
             scale,
@@ -443,18 +522,19 @@ def sampled_gradients(
         )
         if dhidden is not None:
             config = dhidden_config
-            n_blocks = (last_chunk - first_chunk) * (chunk // config.block_n)
+            n_blocks = n_chunks * (chunk // config.block_n)
             _sampled_dhidden_kernel[(n_blocks * triton.cdiv(hidden_size, config.block_h),)](
                 workspace,
                 weight,
                 columns,
-                slots.first_slots[first_chunk : last_chunk + 1] - first_slot,
+                first_slots,
                 tile_sums,
                 center if softcap is None else None,
                 None if rows is None else rows[tokens],
                 dhidden if rows is not None else dhidden[tokens],
                 unit,
                 n_tokens,
+                first_slot,
                 vocab_size,
                 hidden_size,
                 PRECISION=precision,
@@ -466,24 +546,26 @@ def sampled_gradients(
                 num_warps=config.num_warps,
                 num_stages=config.num_stages,
             )
-        if dweight is not None or dbias is not None:
+        if slots.ranks is not None:
             config = dweight_config
-            positions = slots.positions[first_chunk:last_chunk] - first_slot
-            order, tile_chunks, tile_counts = order_by_chunks(positions, config.block_v)
+            ranks = slots.ranks[first_chunk:last_chunk]
+            order, tile_chunks, tile_counts = order_by_chunks(ranks, config.block_v)
             _sampled_dweight_kernel[
                 (triton.cdiv(vocab_size, config.block_v) * triton.cdiv(hidden_size, config.block_h),)
             ](
                 workspace,
                 h,
                 order,
-                positions,
+                ranks,
+                first_slots,
                 tile_chunks,
                 tile_counts,
                 dweight,
                 dbias,
                 unit,
                 n_tokens,
-                last_chunk - first_chunk,
+                n_chunks,
+                first_slot,
                 vocab_size,
                 hidden_size,
                 ACCUMULATE=accumulate,
@@ -501,19 +583,18 @@ def sampled_gradients(
                 result.copy_(total)
 
 
-def chunk_groups(slots: Slots, limit: int) -> list[tuple[int, int, int, int]]:
-    """(first chunk, last, first slot, last) of chunks in order, as many at a time as have ``limit`` slots."""
-    bounds = slots.bounds
+def chunk_groups(bounds: list[int], limit: int) -> list[tuple[int, int]]:
+    """(first chunk, last) of chunks in order, as many at a time as have ``limit`` slots."""
     groups, start = [], 0
     for end in range(1, len(bounds)):
         if end == len(bounds) - 1 or bounds[end + 1] - bounds[start] > limit:
-            groups.append((start, end, bounds[start], bounds[end]))
+            groups.append((start, end))
             start = end
     return groups
 
 
 def order_by_chunks(
-    positions: Tensor,  # (chunks, V)
+    ranks: Tensor,  # (chunks, V)
     tile: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Vocabulary entries sorted by the set of chunks that keep them (V,), and for each ``tile`` of them the chunks that
@@ -521,10 +602,10 @@ def order_by_chunks(
 
     A tile of dweight visits these chunks; sorted, most tiles of rare columns visit one.
     """
-    n_chunks, vocab_size = positions.shape
-    kept = positions >= 0
-    bits = torch.arange(n_chunks, device=positions.device) % 62
-    order = (kept.long() << bits[:, None]).sum(0).argsort(stable=True)
+    n_chunks, vocab_size = ranks.shape
+    kept = ranks >= 0
+    bits = torch.arange(n_chunks, device=ranks.device) % 62
+    order = kept.long().bitwise_left_shift_(bits[:, None]).sum(0).argsort(stable=True)
     sorted_kept = pad(kept[:, order], (0, -vocab_size % tile))
     active = sorted_kept.view(n_chunks, -1, tile).any(2).T.contiguous()
     tile_chunks = active.int().sort(dim=1, descending=True, stable=True).indices
@@ -539,11 +620,9 @@ def aot_signatures(arch: str) -> Iterator[Specialization]:
         shared = {"PRECISION": "ieee", "CHUNK": BLOCKS_PER_CHUNK * forward_config.block_n}
         matrices = dict.fromkeys(("weight", "hidden", "grad_logits", "dhidden", "dweight"), f"*{dtype}")
         vectors = {
-            **dict.fromkeys(
-                ("columns", "tile_chunks", "first_slots", "order", "positions", "target_slots", "tile_counts"), "*i32"
-            ),
+            **dict.fromkeys(("columns", "first_slots", "order", "ranks", "tile_chunks", "tile_counts"), "*i32"),
             **dict.fromkeys(("weights", "token_factors", "center", "tile_sums"), "*fp32"),
-            "rows": "*i64",
+            **dict.fromkeys(("targets", "rows"), "*i64"),
         }
         absent = dict.fromkeys(("bias", "dbias", "unit"))
         for kernel, name, constexprs in (
@@ -562,5 +641,11 @@ def aot_signatures(arch: str) -> Iterator[Specialization]:
                         "TILE": configs.entries("sampled_grad_logits", arch, bits)[0][1].block_v,
                     }
                 yield specialize(f"{name}_{dtype}_h{max_hidden or 'any'}", kernel, config, types, constants)
-    floats = dict.fromkeys(("scores", "budgets", "epsilons", "errors"), "*fp32")
-    yield specialize("epsilon", _epsilon_kernel, SMALL, floats, {"STEPS": EPSILON_STEPS, "BLOCK": 8192})
+    floats = dict.fromkeys(("block_weights", "budgets", "errors", "sums", "weights"), "*fp32")
+    types = {"column_sq": "*bf16", **floats, **dict.fromkeys(("kept", "ranks"), "*i32")}
+    sizes = {"BLOCKS": BLOCKS_PER_CHUNK, "CANDIDATES": CANDIDATES, "SEGMENT": SEGMENT}
+    yield specialize("sampling_errors", _errors_kernel, SMALL, types, sizes)
+    sizes |= {"SEGMENTS": 64, "TILE": 256}
+    counted = dict.fromkeys(("kept", "weights", "ranks"))
+    yield specialize("count_columns", _select_kernel, SMALL, types, {**sizes, **counted})
+    yield specialize("select_columns", _select_kernel, SMALL, types, sizes)

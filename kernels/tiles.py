@@ -23,7 +23,10 @@ LN2: tl.constexpr = tl.constexpr(math.log(2.0))
 
 # Sizes that change from call to call: a specialization for each that happens to be 1 or a multiple of 16 would compile
 # kernels in the middle of a run.
-VARYING_SIZES = ["n_tokens", "n_rows", "vocab_size", "n_columns", "n_splits", "tiles_per_split", "first_id"]
+VARYING_SIZES = [
+    *("n_tokens", "n_rows", "vocab_size", "n_columns", "n_splits", "tiles_per_split", "first_id"),
+    *("n_blocks", "n_chunks", "n_segments", "first_slot", "most_tiles"),
+]
 
 # Of operators that look at values on the host, which a CUDA graph cannot capture.
 SYNCHRONIZES = (torch.Tag.cudagraph_unsafe,)

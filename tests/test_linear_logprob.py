@@ -282,12 +282,12 @@ def grad_report(*operands, tolerance: float, seed: int = 0) -> tuple[pf.GradRepo
 def test_report(device: str, monkeypatch) -> None:
     """It counts the columns that were drawn, and expects the error that draws have."""
     vocab = 1000
-    hidden, weight, _ = make_problem(40, vocab, 40, device=device, scale=1.0)
+    hidden, weight, _ = make_problem(32, vocab, 40, device=device, scale=1.0)
     hidden = torch.nn.functional.normalize(hidden, dim=1)  # of one length, as the estimate takes them to be
     weight[:, 0] -= 5 * torch.arange(2.0, vocab + 2, device=device).log()
     hidden[:, 0] = 0.3
     targets = torch.multinomial((hidden @ weight.T).softmax(-1), 1).squeeze(1)
-    operands = (hidden, pf.LMHead(weight.requires_grad_()), targets, torch.ones(40, device=device))
+    operands = (hidden, pf.LMHead(weight.requires_grad_()), targets, torch.ones(32, device=device))
     assert grad_report(*operands, tolerance=0.2)[0] is None, "too little work to sample is computed exactly"
     monkeypatch.setattr(linear_logprob, "MIN_SAMPLED_WORK", 0)
     monkeypatch.setattr(sampled_grad, "MAX_SHARE", 1.0)
@@ -300,7 +300,7 @@ def test_report(device: str, monkeypatch) -> None:
         assert report.columns_kept < 1 and (report.dense_chunks, report.chunks) == (0, 1)
         errors.append(relative_error(found, exact))
     expected = torch.tensor(errors).square().mean().sqrt()
-    assert 0 < report.estimated_error <= 0.2
+    assert 0 < report.estimated_error < 0.2 * (1 + 1e-6)
     assert 0.5 < expected / report.estimated_error < 1.4
 
 
