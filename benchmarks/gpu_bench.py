@@ -32,6 +32,9 @@ import torch
 from inputs import Problem
 from peers import Peer
 from prefopt_fast.kernels import configs
+from torch.autograd import DeviceType
+
+import prefopt_fast as pf
 
 ROOT = Path(__file__).parents[1]
 SHAPES = {  # name: (V, H), by falling importance
@@ -44,6 +47,7 @@ TOKENS = (8192, 2048, 32_768, 4096, 16_384, 65_536)  # by falling importance
 QUICK_SHAPES = {"tiny": (256, 32), "wide": (512, 16)}
 QUICK_TOKENS = (64, 32)
 MODES = ("trainable", "frozen", "forward", "forward_wpo")  # forward and backward; forward alone; with log Σ p² as well
+PARTS = ("check", "profile", "measure")
 PRODUCT_TOKENS = 8192  # of one bare product
 FLUSH_BYTES = 256 << 20  # several times any L2 cache
 
@@ -75,6 +79,7 @@ class Bench:
             "checks": [],
             "tuned": None,
             "products": [],
+            "profiles": [],
             "cases": [],
             "left_out": [],
         }
@@ -121,6 +126,53 @@ class Bench:
             (ROOT / "kernels" / "configs.json").write_text(text)
         self.results["tuned"] = table[configs.architecture(torch.device(self.device))]
         self.save()
+        self.free()
+
+    def profile(self) -> None:
+        """Where the time of our steps at 2⁻⁸ goes, kernel by kernel: of operators on a CPU."""
+        device = self.device == "cuda"
+        activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * device
+        shape, tokens = next(iter(self.shapes)), self.tokens[0]
+        for mode in MODES[:2]:
+            problem = self.problem(shape, tokens).leaves(train_head=mode == "trainable")
+            leaves = [leaf for leaf in (problem.hidden, problem.weight) if leaf.requires_grad]
+
+            def step(problem: Problem = problem, leaves: list[torch.Tensor] = leaves) -> pf.GradReport | None:
+                stats = pf.token_logprobs(
+                    problem.hidden,
+                    pf.LMHead(problem.weight),
+                    problem.targets,
+                    grad_tolerance=2.0**-8,
+                    backend=self.backend,
+                )
+                torch.autograd.grad(stats.logprobs, leaves, problem.upstream)
+                return stats.grad_report
+
+            report = step()  # compiles
+            milliseconds = statistics.median(self.time(step))
+            with torch.profiler.profile(activities=activities) as profiler:
+                step()
+                if device:
+                    torch.cuda.synchronize()
+            kernels: dict[str, list[float]] = {}
+            for event in profiler.events():
+                # A user's ranges would count their kernels twice.
+                if (event.device_type == DeviceType.CUDA) == device and not event.is_user_annotation:
+                    own = event.self_device_time_total if device else event.self_cpu_time_total
+                    launches, spent = kernels.get(event.name, (0, 0.0))
+                    kernels[event.name] = [launches + 1, spent + own / 1000]
+            self.results["profiles"].append(
+                {
+                    "shape": shape,
+                    "tokens": tokens,
+                    "mode": mode,
+                    "ms": milliseconds,
+                    "columns_kept": None if report is None else report.columns_kept,
+                    "kernels": dict(sorted(kernels.items(), key=lambda item: -item[1][1])),
+                }
+            )
+            self.log(f"profiled {shape}, N {tokens}, {mode}: {milliseconds:.3f} ms")
+            self.save()
         self.free()
 
     def measure(self) -> None:
@@ -313,7 +365,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny problems, to test this script")
     parser.add_argument("--minutes", type=float, default=9.0, help="time for everything, checks and tuning included")
-    parser.add_argument("--parts", nargs="+", choices=("check", "measure"), default=["check", "measure"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument(
         "--tune",
         nargs="*",
@@ -337,6 +389,8 @@ def main(arguments: list[str] | None = None) -> int:
             bench.check()
         if options.tune is not None:
             bench.tune(options.tune or list(gpu_tune.KERNELS), 60 * options.tune_minutes)
+        if "profile" in options.parts:
+            bench.profile()
         if "measure" in options.parts:
             bench.measure()
     finally:

@@ -14,6 +14,7 @@ MODES = {
     "frozen": "forward + backward, frozen head",
     "trainable": "forward + backward, trainable head",
 }
+PROFILED_KERNELS = 20  # in the table; all of them stand in gpu_bench.json
 Results = dict[str, Any]
 
 
@@ -102,6 +103,7 @@ def _lines(results: Results) -> Iterator[str]:
     yield from _goal_lines(results)
     for shape in _unique(results, "shape"):
         yield from _shape_lines(results, shape)
+    yield from _profile_lines(results)
     yield from _check_lines(results)
     if results["tuned"]:
         yield from ("", "## Tuned configurations", "", "```json", json.dumps(results["tuned"]), "```")
@@ -149,6 +151,21 @@ def _reason(results: Results, shape: str, tokens: int, mode: str, method: str) -
     wanted = {"shape": shape, "tokens": tokens, "mode": mode, "method": method}
     reasons = _unique({"cases": [case for case in results["cases"] if "absent" in case]}, "absent", **wanted)
     return reasons[0].replace("|", "/") if reasons else ""
+
+
+def _profile_lines(results: Results) -> Iterator[str]:
+    for profile in results.get("profiles", ()):
+        kernels = profile["kernels"]
+        busy = sum(spent for _, spent in kernels.values())
+        kept = "exact" if profile["columns_kept"] is None else f"{profile['columns_kept']:.1%} of the columns"
+        yield from ("", f"## Profile: {profile['shape']}, N = {profile['tokens']}, {MODES[profile['mode']]}, 2⁻⁸", "")
+        yield f"{profile['ms']:.2f} ms without the profiler, kernels {busy:.2f} ms; {kept}."
+        yield from ("", "| kernel | launches | ms |", "| --- | --- | --- |")
+        for name, (launches, spent) in list(kernels.items())[:PROFILED_KERNELS]:
+            yield f"| {name.replace('|', '/')[:80]} | {launches} | {spent:.3f} |"
+        rest = list(kernels.values())[PROFILED_KERNELS:]
+        if rest:
+            yield f"| {len(rest)} others | {sum(n for n, _ in rest)} | {sum(spent for _, spent in rest):.3f} |"
 
 
 def _check_lines(results: Results) -> Iterator[str]:

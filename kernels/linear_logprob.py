@@ -172,7 +172,7 @@ def _forward_kernel(
     if seed is not None:
         tl.debug_barrier()  # the loop's stores, which other threads made, come first
         slot = column_sq + tl.cast(token_block, tl.int64) * vocab_size + target
-        tl.store(slot, tl.full((BLOCK_N,), float("inf"), tl.bfloat16), mask=here)
+        tl.store(slot, float("inf"), mask=here)
 
 
 @triton.jit(do_not_specialize=VARYING_SIZES)

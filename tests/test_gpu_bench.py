@@ -37,6 +37,9 @@ def test_whole_way_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     results = json.loads((tmp_path / "gpu_bench.json").read_text())
     assert results["checks"] and all(check["passed"] for check in results["checks"])
     assert not results["left_out"]
+    for profile in results["profiles"]:
+        launches, spent = profile["kernels"]["aten::mm"]
+        assert profile["ms"] > 0 and launches > 0 and spent > 0
     for mode in gpu_bench.MODES:
         for shape in gpu_bench.QUICK_SHAPES:
             assert gpu_tables.find(results, shape, gpu_bench.QUICK_TOKENS[0], mode, OURS)["ms"] > 0
@@ -44,6 +47,8 @@ def test_whole_way_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "GPU" in absent["CCE, exact"]
     text = (tmp_path / "gpu_bench.md").read_text()
     assert all(case["method"] in text for case in results["cases"])
+    assert [profile["mode"] for profile in results["profiles"]] == ["trainable", "frozen"]
+    assert text.count("## Profile") == 2
     assert {path.name for path in tmp_path.glob("*.png")} == {"time.png", "memory.png", "speedup.png", "tflops.png"}
 
 
