@@ -24,7 +24,7 @@ from torch import Tensor
 
 from . import configs
 from .dispatch import STATS, Options, Report
-from .sampled_grad import BLOCKS_PER_CHUNK, draw_slots, frequent_columns, sampled_gradients
+from .sampled_grad import BLOCKS_PER_CHUNK, Operands, draw_slots, frequent_columns, sampled_gradients
 from .tiles import (
     LN2,
     SMALL,
@@ -54,9 +54,6 @@ TOKEN_BLOCKS_PER_GROUP = 16
 
 # N·V·H under which choosing columns costs more time than it saves, as measured on an H100.
 MIN_SAMPLED_WORK = 4e11
-# Of its tolerance that dweight is aimed at. Hidden states share directions, so that what a chunk's tokens add to the
-# error of a row adds up: with text dweight's error is about 1.2 times what it would be if they shared none.
-COHERENCE = 0.75
 FP16_LARGEST = 256.0  # of ∂loss/∂logits: ample room above for 1/π · ∂loss/∂logits, and the most below
 LOWER_BOUND_BLOCKS = {"BLOCK_N": 8, "BLOCK_H": 256}
 WORKSPACE_BYTES = 128 << 20  # of ∂loss/∂logits that the backward holds at a time, for a range of the vocabulary
@@ -662,12 +659,13 @@ def _backward_op(
         arch = configs.architecture(hidden.device)
         block_n = configs.lookup("forward", arch, hidden.dtype, hidden.shape[1]).block_n
         tile = configs.lookup("sampled_grad_logits", arch, hidden.dtype, hidden.shape[1]).block_v
+        sampled = Operands(*operands, BLOCKS_PER_CHUNK * block_n)
         train_head = dweight is not None or dbias is not None
-        slots, report = draw_slots(column_sq, grad, logprobs, tolerance, seed, tile, block_n, train_head)
+        slots, report = draw_slots(sampled, column_sq, grad, logprobs, tolerance, seed, tile, train_head)
     if slots is None:
         _exact_gradients(*operands, unit, rows, (dhidden, dweight, dbias))
     else:
-        sampled_gradients(*operands, slots, BLOCKS_PER_CHUNK * block_n, center, unit, rows, (dhidden, dweight, dbias))
+        sampled_gradients(sampled, slots, center, unit, rows, (dhidden, dweight, dbias))
     return *gradients, report
 
 
@@ -807,9 +805,8 @@ def linear_logprob(
     # One draw serves all gradients asked for, so the strictest tolerance rules; 0 for any of them means exact ones.
     tolerance = 0.0
     if torch.is_grad_enabled() and hidden.shape[0] * weight.numel() >= MIN_SAMPLED_WORK:
-        of_hidden, of_head = options.grad_tolerance
-        train_head = weight.requires_grad or (bias is not None and bias.requires_grad)
-        tolerances = ([of_hidden] if hidden.requires_grad else []) + ([COHERENCE * of_head] if train_head else [])
+        trained = (weight.requires_grad or (bias is not None and bias.requires_grad), hidden.requires_grad)
+        tolerances = [t for t, need in zip(options.grad_tolerance[::-1], trained, strict=True) if need]
         tolerance = min(tolerances) if tolerances else 0.0  # torch.compile knows no min(…, default=…)
     logprobs, _, values, *_ = _forward_op(
         hidden, weight, bias, targets, *transform, ",".join(stats), options.ignore_index, tolerance, options.seed

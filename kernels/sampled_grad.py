@@ -20,7 +20,7 @@ it is taken out of dhidden again, which removes its part of the error and change
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -53,17 +53,38 @@ SEED_SHARE = 32  # one in so many columns, the most frequent targets, gives the 
 # ε is looked for among 2 √(budget / V), which never is too large, and its products with powers of √2: with text and
 # synthetic inputs it is 3 to 6 times as large.
 CANDIDATES = 16
+SKETCH = 128  # dimensions in which the norms of dweight's rows are estimated
 
 
-class Slots(NamedTuple):
-    """The columns each chunk keeps, in its rows of ``columns`` and ``weights``; its slots are where they stand among
-    those of all chunks."""
+class Operands(NamedTuple):
+    """What ∂loss/∂logits is recomputed from."""
+
+    hidden: Tensor  # (n, H)
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+    token_factors: Tensor  # (3, n)
+    transform: tuple[float, float | None]
+    targets: Tensor  # (n,)
+    chunk: int  # C
+
+
+class Draw(NamedTuple):
+    """The columns that each chunk drew."""
 
     columns: Tensor  # (chunks, V in whole tiles), int32; V in padding
     weights: Tensor  # (chunks, V in whole tiles), fp32, 1/π; 0 in padding
+    ranks: Tensor | None  # (chunks, V), int32: a column's place among those kept, or −1; None where not needed
+    counts: Tensor  # (chunks,), fp32
+    shares: Tensor  # (chunks,), fp32, Σ π
+    errors: Tensor  # (chunks,), fp32, Σ (1/π − 1) s²
+
+
+class Slots(NamedTuple):
+    """A draw and where the columns of each chunk stand among those of all: its slots."""
+
+    draw: Draw
     first_slots: Tensor  # (chunks + 1,), int32
     bounds: list[int]  # the same
-    ranks: Tensor | None  # (chunks, V), int32: a column's place among those kept, or −1; None where not needed
 
 
 @triton.jit
@@ -113,7 +134,7 @@ def _errors_kernel(
         epsilon *= 1.4142135
 
 
-@triton.jit(do_not_specialize=[*VARYING_SIZES, "seed_low", "seed_high"])
+@triton.jit(do_not_specialize=[*VARYING_SIZES, "seed_low", "seed_high", "stream"])
 def _select_kernel(
     column_sq,  # (blocks, V), bf16
     block_weights,  # (blocks,), fp32
@@ -128,6 +149,7 @@ def _select_kernel(
     n_segments,
     seed_low,
     seed_high,
+    stream,
     BLOCKS: tl.constexpr,
     CANDIDATES: tl.constexpr,
     SEGMENTS: tl.constexpr,
@@ -160,9 +182,9 @@ def _select_kernel(
     scores = _column_scores(column_sq, block_weights, chunk, columns, n_blocks, vocab_size, BLOCKS)
     # A chunk whose upstream gradient is all zero has a budget, scores and ε of 0 and keeps its targets alone.
     keep = tl.minimum(scores / tl.maximum(epsilon, 1e-30), 1.0)
-    # A column's random number depends on nothing but the seed, the chunk and the column.
-    counter = tl.zeros_like(columns)
-    bits, _, _, _ = tl.philox(seed_low, columns, counter + chunk, counter + seed_high, counter)
+    # A column's random number depends on nothing but the seed, the stream, the chunk and the column.
+    zeros = tl.zeros_like(columns)
+    bits, _, _, _ = tl.philox(seed_low, columns, zeros + chunk, zeros + seed_high, zeros + stream)
     drawn = inside & (tl.uint_to_uniform_float(bits) < keep)
     stride = n_chunks * n_segments
     own = sums + chunk * n_segments
@@ -391,71 +413,162 @@ def frequent_columns(
 
 
 def draw_slots(
+    operands: Operands,
     column_sq: Tensor,  # (blocks, V): Σ_t p_tv² over a block's tokens, infinite for the target of any
     grad: Tensor,  # (n,)
     logprobs: Tensor,  # (n,)
     tolerance: float,
     seed: int,
     tile: int,
-    block_tokens: int,
     train_head: bool,
 ) -> tuple[Slots | None, Tensor]:
     """Draw the columns of each chunk, none where so many are needed that the exact gradient is as fast.
 
     Beside them columns_kept, estimated_error, dense_chunks and chunks (GradReport), (4,) float64 on the CPU. ``tile``
-    slots of a chunk make a tile; a block of ``column_sq`` holds ``block_tokens`` tokens.
+    slots of a chunk make a tile.
     """
-    n_blocks, vocab_size = column_sq.shape
+    (n_blocks, vocab_size), chunk = column_sq.shape, operands.chunk
     n_chunks = triton.cdiv(n_blocks, BLOCKS_PER_CHUNK)
-    chunk = BLOCKS_PER_CHUNK * block_tokens
 
     # Only ratios matter, so the largest gradient may be 1, which keeps its square in fp32's range.
     largest = torch.linalg.vector_norm(grad, torch.inf).clamp_min(1e-30)
     padding = (0, n_chunks * chunk - len(grad))
     grad_sq, miss_sq = (pad(x.square(), padding) for x in (grad / largest, torch.expm1(logprobs)))
     # Within a block the largest upstream gradient stands for all: tokens of one sequence share theirs.
-    block_weights = grad_sq.view(-1, block_tokens).amax(1)
+    block_weights = grad_sq.view(n_chunks * BLOCKS_PER_CHUNK, -1).amax(1)
     budgets = (grad_sq * miss_sq).view(n_chunks, chunk).nansum(1) * tolerance**2
+    allowed, head_error = budgets.sum(), budgets.new_zeros(())
+    if train_head:
+        # A draw of its own, so that the other one's probabilities depend on no draw that they weigh.
+        trial = _draw(column_sq, block_weights, budgets, seed, 1, tile, need_ranks=False)
+        head_error = _head_error(operands, trial, tile) / tolerance**2
+        reduced = (1 / head_error.clamp_min(1e-30)).clamp_max(1.0).nan_to_num(1.0)
+        budgets, head_error = budgets * reduced, head_error * reduced
+    draw = _draw(column_sq, block_weights, budgets, seed, 0, tile, need_ranks=train_head)
+    first_slots = pad((draw.counts / tile).ceil_().mul_(tile).cumsum(0), (1, 0)).int()
+    error = torch.maximum(draw.errors.sum() / allowed.clamp_min(1e-30), head_error)
+    # The one synchronization, for what launches and buffers need; all kernels of the draw are on their way.
+    totals = torch.stack([draw.counts.sum(), draw.shares.sum(), error])
+    total, share, error_sq, *bounds = torch.cat([totals, first_slots]).tolist()
+    # Whether to sample at all must not depend on the draw, which then would be one of those with few columns.
+    if share > MAX_SHARE * n_chunks * vocab_size:
+        return None, torch.tensor([1, 0, n_chunks, n_chunks], dtype=torch.float64, device="cpu")
+    report = [total / (n_chunks * vocab_size), tolerance * error_sq**0.5, 0, n_chunks]
+    slots = Slots(draw, first_slots, [int(bound) for bound in bounds])
+    return slots, torch.tensor(report, dtype=torch.float64, device="cpu")
 
+
+def _draw(
+    column_sq: Tensor,  # (blocks, V)
+    block_weights: Tensor,  # (blocks in whole chunks,)
+    budgets: Tensor,  # (chunks,)
+    seed: int,
+    stream: int,  # draws of one seed in different streams are independent
+    tile: int,
+    need_ranks: bool,
+) -> Draw:
+    (n_blocks, vocab_size), n_chunks = column_sq.shape, len(budgets)
     n_segments = triton.cdiv(vocab_size, SEGMENT)
     sizes = {"BLOCKS": BLOCKS_PER_CHUNK, "CANDIDATES": CANDIDATES, "SEGMENT": SEGMENT}
     errors = budgets.new_empty(n_chunks, CANDIDATES, n_segments)
     scores = (column_sq, block_weights, budgets, errors)
-    _errors_kernel[(n_chunks * n_segments,)](*scores, n_blocks, vocab_size, n_segments, **sizes)
-    low, high = (word - (1 << 32) * (word >> 31) for word in (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF))
-    sizes |= {"SEGMENTS": triton.next_power_of_2(n_segments), "TILE": tile}
+    grid = (n_chunks * n_segments,)
+    _errors_kernel[grid](*scores, n_blocks, vocab_size, n_segments, **sizes)
     sums = budgets.new_empty(3, n_chunks, n_segments)
     columns = torch.empty(n_chunks, triton.cdiv(vocab_size, tile) * tile, dtype=torch.int32, device=sums.device)
     weights = torch.empty_like(columns, dtype=torch.float32)
-    ranks = columns.new_empty(n_chunks, vocab_size) if train_head else None
+    ranks = columns.new_empty(n_chunks, vocab_size) if need_ranks else None
+    low, high = (word - (1 << 32) * (word >> 31) for word in (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF))
+    sizes |= {"SEGMENTS": triton.next_power_of_2(n_segments), "TILE": tile}
     for written in ((None, None, None), (columns, weights, ranks)):
-        _select_kernel[(n_chunks * n_segments,)](
-            *scores, sums, *written, n_blocks, vocab_size, n_segments, low, high, **sizes
-        )
-    counts, shares, expected = sums.sum(2)
-    first_slots = pad((counts / tile).ceil_().mul_(tile).cumsum(0), (1, 0)).int()
-    # The one synchronization, for what launches and buffers need; all kernels of the draw are on their way.
-    totals = torch.stack([counts.sum(), shares.sum(), expected.sum(), budgets.sum()])
-    total, share, error, budget, *bounds = torch.cat([totals, first_slots]).tolist()
-    # Whether to sample at all must not depend on the draw, which then would be one of those with few columns.
-    if share > MAX_SHARE * n_chunks * vocab_size:
-        return None, torch.tensor([1, 0, n_chunks, n_chunks], dtype=torch.float64, device="cpu")
-    estimated_error = tolerance * (error / max(budget, 1e-30)) ** 0.5
-    report = [total / (n_chunks * vocab_size), estimated_error, 0, n_chunks]
-    slots = Slots(columns, weights, first_slots, [int(bound) for bound in bounds], ranks)
-    return slots, torch.tensor(report, dtype=torch.float64, device="cpu")
+        _select_kernel[grid](*scores, sums, *written, n_blocks, vocab_size, n_segments, low, high, stream, **sizes)
+    return Draw(columns, weights, ranks, *sums.sum(2))
+
+
+def _head_error(operands: Operands, draw: Draw, tile: int) -> Tensor:
+    """The squared relative error of dweight that such a draw lets expect, (), by ``tile`` columns of each chunk.
+
+    E‖error‖² = Σ_v (1/π_v − 1) ‖Σ_t G_tv h_t‖², of which Σ_{v kept} (1 − π_v) ‖Σ_t G_tv h_t / π_v‖² is an estimate. Its
+    summands are alike for columns that are not certain, as π_v is about in proportion to the norm: some, evenly
+    spaced, stand for all. Hidden states share directions, so that it can be many times what it would be if they shared
+    none. The gradient itself is taken to have the size that it has if its tokens' parts are not correlated.
+    Overwrites the draw.
+    """
+    hidden, chunk, n_chunks = operands.hidden, operands.chunk, len(draw.counts)
+    kept = draw.counts[:, None]
+    picked = (kept * ((torch.arange(tile, device=hidden.device) + 0.5) / tile)).long()
+    columns, weights = draw.columns[:, :tile], draw.weights[:, :tile]
+    # Of a chunk that keeps none nothing was written.
+    columns.copy_(draw.columns.gather(1, picked).where(kept > 0, len(operands.weight)))
+    weights.copy_(draw.weights.gather(1, picked).where(kept > 0, 1.0))
+    bounds = range(0, (n_chunks + 1) * tile, tile)
+    first_slots = torch.arange(0, (n_chunks + 1) * tile, tile, dtype=torch.int32, device=hidden.device)
+    grad_logits, tile_sums = hidden.new_empty(n_chunks * tile, chunk), draw.weights.new_empty(n_chunks, chunk)
+    _grad_logits(operands, draw, first_slots, bounds, slice(0, n_chunks), grad_logits, tile_sums)
+
+    generator = torch.Generator(hidden.device).manual_seed(0)
+    sketch = torch.randn(hidden.shape[1], SKETCH, generator=generator, device=hidden.device) / SKETCH**0.5
+    states = (hidden @ sketch.to(hidden.dtype)).float()
+    rows = torch.bmm(
+        grad_logits.view(n_chunks, tile, chunk).float(),
+        pad(states, (0, 0, 0, n_chunks * chunk - len(states))).view(n_chunks, chunk, SKETCH),
+    )
+    error = (rows.square().sum(2) * (1 - 1 / weights)).sum(1) @ (draw.counts / tile)
+    size = (operands.token_factors[2] * torch.linalg.vector_norm(states, dim=1)).square().nansum()
+    return error / size.clamp_min(1e-30)
+
+
+def _grad_logits(
+    operands: Operands,
+    draw: Draw,
+    first_slots: Tensor,  # (chunks + 1,)
+    bounds: Sequence[int],  # the same
+    chunks: slice,
+    out: Tensor,  # (slots, C)
+    tile_sums: Tensor,  # (tiles, C), fp32
+) -> None:
+    """Write ∂loss/∂logits / π for the slots of some chunks."""
+    tokens = slice(chunks.start * operands.chunk, min(chunks.stop * operands.chunk, len(operands.hidden)))
+    hidden = operands.hidden[tokens]
+    n_tokens, hidden_size = hidden.shape
+    scale, softcap = operands.transform
+    config = configs.lookup("sampled_grad_logits", configs.architecture(hidden.device), hidden.dtype, hidden_size)
+    most_tiles = max(end - start for start, end in pairwise(bounds[chunks.start : chunks.stop + 1])) // config.block_v
+    tma = tma_available(hidden)
+    _sampled_grad_logits_kernel[((chunks.stop - chunks.start) * most_tiles * (operands.chunk // config.block_n),)](
+        operand(hidden, [config.block_n, config.block_h], tma),
+        operands.weight,
+        operands.bias,
+        draw.columns[chunks],
+        draw.weights[chunks],
+        first_slots[chunks.start :],
+        operands.targets[tokens],
+        operands.token_factors[:, tokens].contiguous(),
+        out,
+        tile_sums,
+        n_tokens,
+        bounds[chunks.start],
+        most_tiles,
+        len(operands.weight),
+        hidden_size,
+        scale,
+        softcap or 0.0,
+        HAS_SOFTCAP=softcap is not None,
+        TMA=tma,
+        PRECISION=dot_precision(),
+        CHUNK=operands.chunk,
+        BLOCK_N=config.block_n,
+        BLOCK_V=config.block_v,
+        BLOCK_H=config.block_h,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
 
 
 def sampled_gradients(
-    hidden: Tensor,  # (n, H)
-    weight: Tensor,  # (V, H)
-    bias: Tensor | None,  # (V,)
-    token_factors: Tensor,  # (3, n)
-    transform: tuple[float, float | None],
-    targets: Tensor,  # (n,)
+    operands: Operands,
     slots: Slots,
-    chunk: int,
-    center: Tensor | None,  # (H,)
+    center: Tensor,  # (H,)
     unit: Tensor | None,  # (1,)
     rows: Tensor | None,  # (n,)
     gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
@@ -465,71 +578,37 @@ def sampled_gradients(
     ∂loss/∂logits stands in memory for as many chunks as the workspace holds. Where that is not all of them, dweight and
     dbias accumulate in fp32 beside the results.
     """
-    device, dtype, vocab_size = hidden.device, hidden.dtype, weight.shape[0]
-    hidden_size = hidden.shape[1]
-    scale, softcap = transform
+    hidden, weight, chunk, bounds = operands.hidden, operands.weight, operands.chunk, slots.bounds
+    dtype, (vocab_size, hidden_size) = hidden.dtype, weight.shape
     dhidden, *results = gradients
-    arch = configs.architecture(device)
     logits_config, dhidden_config, dweight_config = (
-        configs.lookup(name, arch, dtype, hidden_size)
+        configs.lookup(name, configs.architecture(hidden.device), dtype, hidden_size)
         for name in ("sampled_grad_logits", "sampled_dhidden", "sampled_dweight")
     )
-    tma = tma_available(hidden)
     precision = dot_precision()
     # Several groups would accumulate dweight in fp32: a workspace of that size costs no more and saves the passes.
     budget = WORKSPACE_BYTES if results[0] is None else max(WORKSPACE_BYTES, 4 * weight.numel())
-    groups = chunk_groups(slots.bounds, budget // (chunk * dtype.itemsize))
+    groups = chunk_groups(bounds, budget // (chunk * dtype.itemsize))
     accumulate = len(groups) > 1
     dweight, dbias = (torch.zeros_like(g, dtype=torch.float32) if accumulate and g is not None else g for g in results)
-    n_most = max(slots.bounds[last] - slots.bounds[first] for first, last in groups)
+    n_most = max(bounds[chunks.stop] - bounds[chunks.start] for chunks in groups)
     workspace = hidden.new_empty(n_most, chunk)
     tile_sums = hidden.new_empty(n_most // logits_config.block_v, chunk, dtype=torch.float32)
-    for first_chunk, last_chunk in groups:
-        tokens = slice(first_chunk * chunk, min(last_chunk * chunk, len(hidden)))
-        h, n_tokens, n_chunks = hidden[tokens], tokens.stop - tokens.start, last_chunk - first_chunk
-        columns, first_slots = slots.columns[first_chunk:], slots.first_slots[first_chunk:]
-        bounds = slots.bounds[first_chunk : last_chunk + 1]
-        first_slot = bounds[0]
-        config = logits_config
-        most_tiles = max(end - start for start, end in pairwise(bounds)) // config.block_v
-        _sampled_grad_logits_kernel[(n_chunks * most_tiles * (chunk // config.block_n),)](
-            operand(h, [config.block_n, config.block_h], tma),
-            weight,
-            bias,
-            columns,
-            slots.weights[first_chunk:],
-            first_slots,
-            targets[tokens],
-            token_factors[:, tokens].contiguous(),
-            workspace,
-            tile_sums,
-            n_tokens,
-            first_slot,
-            most_tiles,
-            vocab_size,
-            hidden_size,
-            scale,
-            softcap or 0.0,
-            HAS_SOFTCAP=softcap is not None,
-            TMA=tma,
-            PRECISION=precision,
-            CHUNK=chunk,
-            BLOCK_N=config.block_n,
-            BLOCK_V=config.block_v,
-            BLOCK_H=config.block_h,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+    for chunks in groups:
+        tokens = slice(chunks.start * chunk, min(chunks.stop * chunk, len(hidden)))
+        n_tokens, n_chunks, first_slot = tokens.stop - tokens.start, chunks.stop - chunks.start, bounds[chunks.start]
+        first_slots = slots.first_slots[chunks.start :]
+        _grad_logits(operands, slots.draw, slots.first_slots, bounds, chunks, workspace, tile_sums)
         if dhidden is not None:
             config = dhidden_config
             n_blocks = n_chunks * (chunk // config.block_n)
             _sampled_dhidden_kernel[(n_blocks * triton.cdiv(hidden_size, config.block_h),)](
                 workspace,
                 weight,
-                columns,
+                slots.draw.columns[chunks],
                 first_slots,
                 tile_sums,
-                center if softcap is None else None,
+                center if operands.transform[1] is None else None,
                 None if rows is None else rows[tokens],
                 dhidden if rows is not None else dhidden[tokens],
                 unit,
@@ -546,15 +625,15 @@ def sampled_gradients(
                 num_warps=config.num_warps,
                 num_stages=config.num_stages,
             )
-        if slots.ranks is not None:
+        if slots.draw.ranks is not None:
             config = dweight_config
-            ranks = slots.ranks[first_chunk:last_chunk]
+            ranks = slots.draw.ranks[chunks]
             order, tile_chunks, tile_counts = order_by_chunks(ranks, config.block_v)
             _sampled_dweight_kernel[
                 (triton.cdiv(vocab_size, config.block_v) * triton.cdiv(hidden_size, config.block_h),)
             ](
                 workspace,
-                h,
+                hidden[tokens],
                 order,
                 ranks,
                 first_slots,
@@ -583,12 +662,12 @@ def sampled_gradients(
                 result.copy_(total)
 
 
-def chunk_groups(bounds: list[int], limit: int) -> list[tuple[int, int]]:
-    """(first chunk, last) of chunks in order, as many at a time as have ``limit`` slots."""
+def chunk_groups(bounds: list[int], limit: int) -> list[slice]:
+    """Chunks in order, as many at a time as have ``limit`` slots."""
     groups, start = [], 0
     for end in range(1, len(bounds)):
         if end == len(bounds) - 1 or bounds[end + 1] - bounds[start] > limit:
-            groups.append((start, end))
+            groups.append(slice(start, end))
             start = end
     return groups
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import DEVICE, assert_as_good_as_plain, make_problem, plain_stats, relative_error
+from conftest import DEVICE, assert_as_good_as_plain, make_problem, make_text_like, plain_stats, relative_error
 from prefopt_fast.kernels import configs, linear_logprob, sampled_grad, tiles
 from prefopt_fast.kernels.dispatch import Options
 from torch import Tensor
@@ -174,6 +174,17 @@ def test_sampled_gradient(dtype: torch.dtype, workspace: int, device: str, alway
         assert max(errors) < 0.1 and min(errors) > 1e-4
         assert relative_error(sum(draw[name].double() for draw in draws[:3]) / 3, truth) < 0.8 * max(errors)
         assert torch.equal(draws[0][name], draws[3][name]) and not torch.equal(draws[0][name], draws[1][name])
+
+
+def test_errors_of_dweight_that_add_up(device: str, always_sample: None) -> None:
+    """Hidden states that share a direction, and upstream gradients of one sign, as a sequence has them."""
+    hidden, weight, targets = (x.to(device) for x in make_text_like(256, 1000, 32))
+    operands = (hidden.requires_grad_(), pf.LMHead(weight.requires_grad_()), targets, torch.ones(256, device=device))
+    expected = gradients(pf.reference.token_logprobs, *operands)
+    report, found = grad_report(*operands, tolerance=2.0**-4)
+    for ours, truth in zip(found, expected.values(), strict=True):
+        assert relative_error(ours, truth) < 2.0**-4
+    assert report.columns_kept < 0.5 and report.estimated_error == pytest.approx(2.0**-4, rel=0.3)
 
 
 @pytest.mark.parametrize("tolerance", [0.0, 0.1], ids=["exact", "sampled"])
