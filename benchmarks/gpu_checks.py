@@ -125,8 +125,7 @@ def _fast_checks(case: Case, device: str, backend: str, quick: bool) -> Iterator
     """Gradients of concentrated inputs at a tolerance: the error in units of the tolerance, which must be under 1, and
     the share of the columns that was drawn, which shows that they are no exact ones."""
     problem = inputs.synthetic(case.tokens, case.vocab, case.hidden, dtype=case.dtype, device=device)
-    upstream = torch.randn(case.tokens, device=device)
-    operands = (problem.hidden, problem.weight, None, problem.targets, upstream)
+    operands = (problem.hidden, problem.weight, None, problem.targets, problem.upstream)
     truth = _run(case, problem.hidden.double(), problem.weight.double(), *operands[2:], "reference")
     exact = _run(case, *operands, backend)
     for tolerance in ("auto", 2.0**-6):
