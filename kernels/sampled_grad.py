@@ -13,6 +13,9 @@ left is known from the forward.
 
 What the rows of W have in common, a mean row c, cancels in the exact gradient (Σ_v ∂loss/∂x_v = 0) but not in a sample:
 it is taken out of dhidden again, which removes its part of the error and changes no expectation.
+
+dweight's error is Σ_v (1/π_v − 1) ‖Σ_t g_t p_tv h_t‖², whose cross terms the scores s_v do not know. Where the head is
+trained, a trial draw tells what it is to be expected to be, and the budget of the draw that counts is cut by as much.
 """
 
 # Arguments of kernels have no Python types.
@@ -53,6 +56,7 @@ SEED_SHARE = 32  # one in so many columns, the most frequent targets, gives the 
 # ε is looked for among 2 √(budget / V), which never is too large, and its products with powers of √2: with text and
 # synthetic inputs it is 3 to 6 times as large.
 CANDIDATES = 16
+PARTS_OF_CHUNKS = ["first_slots", "ranks"]  # whose alignment depends on the draw where chunks come in groups
 SKETCH = 128  # dimensions in which the norms of dweight's rows are estimated
 
 
@@ -69,7 +73,7 @@ class Operands(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """The columns that each chunk drew."""
+    """The columns that each chunk drew, whose last tile is padded; behind it nothing is written."""
 
     columns: Tensor  # (chunks, V in whole tiles), int32; V in padding
     weights: Tensor  # (chunks, V in whole tiles), fp32, 1/π; 0 in padding
@@ -134,14 +138,14 @@ def _errors_kernel(
         epsilon *= 1.4142135
 
 
-@triton.jit(do_not_specialize=[*VARYING_SIZES, "seed_low", "seed_high", "stream"])
+@triton.jit(do_not_specialize=[*VARYING_SIZES, "seed_low", "seed_high", "stream", "counted"])
 def _select_kernel(
     column_sq,  # (blocks, V), bf16
     block_weights,  # (blocks,), fp32
     budgets,  # (chunks,), fp32
     errors,  # (chunks, CANDIDATES, segments), fp32
     sums,  # (3, chunks, segments), fp32: columns kept, Σ π, expected squared error
-    kept,  # (chunks, V in whole tiles), int32, or None: only sums are asked for
+    kept,  # (chunks, V in whole tiles), int32
     weights,  # (chunks, V in whole tiles), fp32
     ranks,  # (chunks, V), int32, or None
     n_blocks,
@@ -150,13 +154,16 @@ def _select_kernel(
     seed_low,
     seed_high,
     stream,
+    counted,
     BLOCKS: tl.constexpr,
     CANDIDATES: tl.constexpr,
     SEGMENTS: tl.constexpr,
     SEGMENT: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Draw a chunk's columns in a segment of the vocabulary; called twice, the second time with ``sums`` complete.
+    """Draw a chunk's columns in a segment of the vocabulary: first ``sums`` alone, then, all ``counted``, the columns.
+
+    One kernel does both, since another, compiled apart, might round otherwise and draw others than were counted.
 
     The sum is convex in ε: its chord between two candidates is not below it, so that where the chord meets the budget
     the sum keeps it, and falls short by little.
@@ -188,7 +195,7 @@ def _select_kernel(
     drawn = inside & (tl.uint_to_uniform_float(bits) < keep)
     stride = n_chunks * n_segments
     own = sums + chunk * n_segments
-    if kept is None:
+    if counted == 0:
         tl.store(own + segment, tl.sum(drawn.to(tl.float32), 0))
         tl.store(own + stride + segment, tl.sum(tl.where(inside, keep, 0.0), 0))
         tl.store(own + 2 * stride + segment, tl.sum(tl.maximum(scores * (epsilon - scores), 0.0), 0))
@@ -207,7 +214,7 @@ def _select_kernel(
         tl.store(weights + row + padding, tl.zeros(padding.shape, tl.float32), mask=missing)
 
 
-@triton.jit(do_not_specialize=VARYING_SIZES)
+@triton.jit(do_not_specialize=VARYING_SIZES, do_not_specialize_on_alignment=PARTS_OF_CHUNKS)
 def _sampled_grad_logits_kernel(
     hidden,  # (n, H): descriptor or pointer
     weight,  # (V, H)
@@ -270,7 +277,7 @@ def _sampled_grad_logits_kernel(
     tl.store(out, grad.to(grad_logits.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=VARYING_SIZES)
+@triton.jit(do_not_specialize=VARYING_SIZES, do_not_specialize_on_alignment=PARTS_OF_CHUNKS)
 def _sampled_dhidden_kernel(
     grad_logits,  # (S, C)
     weight,  # (V, H)
@@ -280,7 +287,7 @@ def _sampled_dhidden_kernel(
     center,  # (H,), fp32, or None
     rows,  # (n,) where each token's gradient goes, or None: in order
     dhidden,  # (N, H)
-    unit,  # (1,), fp32, or None: what the gradient is to be multiplied with
+    unit,  # (), fp32, or None: what the gradient is to be multiplied with
     n_tokens,
     first_slot,  # that is the first of grad_logits
     vocab_size,
@@ -332,7 +339,7 @@ def _sampled_dhidden_kernel(
     tl.store(target, total.to(dhidden.dtype.element_ty), mask=scored[:, None] & inside[None, :])
 
 
-@triton.jit(do_not_specialize=VARYING_SIZES)
+@triton.jit(do_not_specialize=VARYING_SIZES, do_not_specialize_on_alignment=PARTS_OF_CHUNKS)
 def _sampled_dweight_kernel(
     grad_logits,  # (S, C)
     hidden,  # (n, H)
@@ -343,7 +350,7 @@ def _sampled_dweight_kernel(
     tile_counts,  # (⌈V / BLOCK_V⌉,), int32: how many they are
     dweight,  # (V, H) or None
     dbias,  # (V,) or None
-    unit,  # (1,), fp32, or None
+    unit,  # (), fp32, or None
     n_tokens,
     n_chunks,
     first_slot,  # that is the first of grad_logits
@@ -440,12 +447,13 @@ def draw_slots(
     allowed, head_error = budgets.sum(), budgets.new_zeros(())
     if train_head:
         # A draw of its own, so that the other one's probabilities depend on no draw that they weigh.
-        trial = _draw(column_sq, block_weights, budgets, seed, 1, tile, need_ranks=False)
-        head_error = _head_error(operands, trial, tile) / tolerance**2
+        head_error = _head_error(
+            operands, _draw(column_sq, block_weights, budgets, seed, 1, tile, need_ranks=False), tile, largest
+        ).div_(tolerance**2)
         reduced = (1 / head_error.clamp_min(1e-30)).clamp_max(1.0).nan_to_num(1.0)
         budgets, head_error = budgets * reduced, head_error * reduced
     draw = _draw(column_sq, block_weights, budgets, seed, 0, tile, need_ranks=train_head)
-    first_slots = pad((draw.counts / tile).ceil_().mul_(tile).cumsum(0), (1, 0)).int()
+    first_slots = pad((draw.counts / tile).ceil_().mul_(tile).int().cumsum(0, dtype=torch.int32), (1, 0))
     error = torch.maximum(draw.errors.sum() / allowed.clamp_min(1e-30), head_error)
     # The one synchronization, for what launches and buffers need; all kernels of the draw are on their way.
     totals = torch.stack([draw.counts.sum(), draw.shares.sum(), error])
@@ -480,23 +488,32 @@ def _draw(
     ranks = columns.new_empty(n_chunks, vocab_size) if need_ranks else None
     low, high = (word - (1 << 32) * (word >> 31) for word in (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF))
     sizes |= {"SEGMENTS": triton.next_power_of_2(n_segments), "TILE": tile}
-    for written in ((None, None, None), (columns, weights, ranks)):
-        _select_kernel[grid](*scores, sums, *written, n_blocks, vocab_size, n_segments, low, high, stream, **sizes)
+    for counted in (0, 1):
+        _select_kernel[grid](
+            *(*scores, sums, columns, weights, ranks),
+            *(n_blocks, vocab_size, n_segments, low, high, stream, counted),
+            **sizes,
+        )
     return Draw(columns, weights, ranks, *sums.sum(2))
 
 
-def _head_error(operands: Operands, draw: Draw, tile: int) -> Tensor:
+def _head_error(
+    operands: Operands,
+    draw: Draw,  # overwritten
+    tile: int,  # sampled_grad_logits' block_v
+    largest: Tensor,  # (), of the upstream gradients, so that squares stay in fp32's range
+) -> Tensor:
     """The squared relative error of dweight that such a draw lets expect, (), by ``tile`` columns of each chunk.
 
     E‖error‖² = Σ_v (1/π_v − 1) ‖Σ_t G_tv h_t‖², of which Σ_{v kept} (1 − π_v) ‖Σ_t G_tv h_t / π_v‖² is an estimate. Its
     summands are alike for columns that are not certain, as π_v is about in proportion to the norm: some, evenly
     spaced, stand for all. Hidden states share directions, so that it can be many times what it would be if they shared
-    none. The gradient itself is taken to have the size that it has if its tokens' parts are not correlated.
-    Overwrites the draw.
+    none. The gradient itself is taken to have the size that it has if its tokens' parts are not correlated. dbias has
+    no estimate.
     """
     hidden, chunk, n_chunks = operands.hidden, operands.chunk, len(draw.counts)
     kept = draw.counts[:, None]
-    picked = (kept * ((torch.arange(tile, device=hidden.device) + 0.5) / tile)).long()
+    picked = (kept * ((torch.arange(tile, dtype=torch.float32, device=hidden.device) + 0.5) / tile)).long()
     columns, weights = draw.columns[:, :tile], draw.weights[:, :tile]
     # Of a chunk that keeps none nothing was written.
     columns.copy_(draw.columns.gather(1, picked).where(kept > 0, len(operands.weight)))
@@ -507,14 +524,15 @@ def _head_error(operands: Operands, draw: Draw, tile: int) -> Tensor:
     _grad_logits(operands, draw, first_slots, bounds, slice(0, n_chunks), grad_logits, tile_sums)
 
     generator = torch.Generator(hidden.device).manual_seed(0)
-    sketch = torch.randn(hidden.shape[1], SKETCH, generator=generator, device=hidden.device) / SKETCH**0.5
+    shape = (hidden.shape[1], SKETCH)
+    sketch = torch.randn(shape, generator=generator, dtype=torch.float32, device=hidden.device) / SKETCH**0.5
     states = (hidden @ sketch.to(hidden.dtype)).float()
     rows = torch.bmm(
-        grad_logits.view(n_chunks, tile, chunk).float(),
+        grad_logits.view(n_chunks, tile, chunk).float() / largest,
         pad(states, (0, 0, 0, n_chunks * chunk - len(states))).view(n_chunks, chunk, SKETCH),
     )
     error = (rows.square().sum(2) * (1 - 1 / weights)).sum(1) @ (draw.counts / tile)
-    size = (operands.token_factors[2] * torch.linalg.vector_norm(states, dim=1)).square().nansum()
+    size = (operands.token_factors[2] / largest * torch.linalg.vector_norm(states, dim=1)).square().nansum()
     return error / size.clamp_min(1e-30)
 
 
@@ -569,7 +587,7 @@ def sampled_gradients(
     operands: Operands,
     slots: Slots,
     center: Tensor,  # (H,)
-    unit: Tensor | None,  # (1,)
+    unit: Tensor | None,  # ()
     rows: Tensor | None,  # (n,)
     gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
 ) -> None:
@@ -725,6 +743,4 @@ def aot_signatures(arch: str) -> Iterator[Specialization]:
     sizes = {"BLOCKS": BLOCKS_PER_CHUNK, "CANDIDATES": CANDIDATES, "SEGMENT": SEGMENT}
     yield specialize("sampling_errors", _errors_kernel, SMALL, types, sizes)
     sizes |= {"SEGMENTS": 64, "TILE": 256}
-    counted = dict.fromkeys(("kept", "weights", "ranks"))
-    yield specialize("count_columns", _select_kernel, SMALL, types, {**sizes, **counted})
     yield specialize("select_columns", _select_kernel, SMALL, types, sizes)

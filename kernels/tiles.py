@@ -91,11 +91,16 @@ def grad_of_product(
 
 
 def on_device(function: Callable[..., Result]) -> Callable[..., Result]:
-    """With the device of its first operand as the current one, on which Triton launches whatever the operands'."""
+    """With the device of its first operand as the current one, on which Triton launches whatever the operands', and
+    without autocast, which would compute in 16 bits what is written in fp32."""
 
     @wraps(function)
     def guarded(first: Tensor, *operands: Any) -> Result:
-        if first.device.type == "cpu":
+        kind = first.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
+                return guarded(first, *operands)
+        if kind == "cpu":
             return function(first, *operands)
         with torch.get_device_module(first.device).device(first.device):
             return function(first, *operands)
@@ -158,10 +163,11 @@ def specialize(
         for argument in kernel.arg_names
         if argument not in constexprs
     }
+    unaligned = getattr(kernel, "do_not_specialize_on_alignment", ())  # which interpreted kernels have not
     divisible = tuple(
         argument
         for argument, kind in signature.items()
-        if kind.startswith("*") or argument in ("hidden_size", "grad_stride")
+        if (kind.startswith("*") and argument not in unaligned) or argument in ("hidden_size", "grad_stride")
     )
     return Specialization(name, kernel, signature, constexprs, divisible, config)
 

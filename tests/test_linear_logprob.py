@@ -176,10 +176,12 @@ def test_sampled_gradient(dtype: torch.dtype, workspace: int, device: str, alway
         assert torch.equal(draws[0][name], draws[3][name]) and not torch.equal(draws[0][name], draws[1][name])
 
 
-def test_errors_of_dweight_that_add_up(device: str, always_sample: None) -> None:
+@pytest.mark.parametrize("size", [1.0, 1e-20])
+def test_errors_of_dweight_that_add_up(size: float, device: str, always_sample: None) -> None:
     """Hidden states that share a direction, and upstream gradients of one sign, as a sequence has them."""
     hidden, weight, targets = (x.to(device) for x in make_text_like(256, 1000, 32))
-    operands = (hidden.requires_grad_(), pf.LMHead(weight.requires_grad_()), targets, torch.ones(256, device=device))
+    upstream = torch.full((256,), size, device=device)
+    operands = (hidden.requires_grad_(), pf.LMHead(weight.requires_grad_()), targets, upstream)
     expected = gradients(pf.reference.token_logprobs, *operands)
     report, found = grad_report(*operands, tolerance=2.0**-4)
     for ours, truth in zip(found, expected.values(), strict=True):
@@ -196,6 +198,17 @@ def test_shifted_logits(tolerance: float, device: str, always_sample: None) -> N
     expected = gradients(pf.reference.token_logprobs, hidden, head, targets, upstream)
     for name in expected:
         assert relative_error(found[name], expected[name]) < max(tolerance, 1e-4)
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.1], ids=["exact", "sampled"])
+def test_a_backward_under_autocast_is_the_same(tolerance: float, device: str, always_sample: None) -> None:
+    hidden, head, targets, upstream = many_chunks(device)
+    leaves = (hidden, head.weight)
+    logprobs = pf.token_logprobs(hidden, head, targets, backend="triton", grad_tolerance=tolerance).logprobs
+    expected = torch.autograd.grad(logprobs, leaves, upstream, retain_graph=True)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        found = torch.autograd.grad(logprobs, leaves, upstream)
+    assert all(torch.equal(ours, same) for ours, same in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("tolerance", [0.0, 0.05], ids=["exact", "sampled"])
