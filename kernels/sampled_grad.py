@@ -53,8 +53,8 @@ SEGMENT = 2048  # of the vocabulary, for which one program draws the columns
 WORKSPACE_BYTES = 256 << 20  # of ∂loss/∂logits on the kept columns; more where that saves an fp32 copy of dweight
 MAX_SHARE = 0.25  # of the vocabulary, on average: over it the exact gradient is as fast
 SEED_SHARE = 32  # one in so many columns, the most frequent targets, gives the first bound of the log-sum-exp
-# ε is looked for among 2 √(budget / V), which never is too large, and its products with powers of √2: with text and
-# synthetic inputs it is 3 to 6 times as large.
+# ε is looked for among 2 √(budget / V), which never is too large since a summand of the error is at most ε²/4, and its
+# products with powers of √2: with text and synthetic inputs it is 3 to 6 times as large.
 CANDIDATES = 16
 PARTS_OF_CHUNKS = ["first_slots", "ranks"]  # whose alignment depends on the draw where chunks come in groups
 SKETCH = 128  # dimensions in which the norms of dweight's rows are estimated
@@ -109,7 +109,8 @@ def _column_scores(
         block_squares = tl.load(column_sq + tl.cast(block, tl.int64) * vocab_size + columns, mask=inside, other=0.0)
         block_weight = tl.load(block_weights + block, mask=block < n_blocks, other=0.0)
         squares += tl.where(inside, block_squares.to(tl.float32) * block_weight, 0.0)
-    return tl.where(squares >= 0.0, tl.sqrt(squares), float("inf"))  # 0 · ∞ is NaN, and a target's
+    # NaN also where a target's ∞ meets the weight 0 of a block without upstream gradients.
+    return tl.where(squares >= 0.0, tl.sqrt(squares), float("inf"))
 
 
 @triton.jit(do_not_specialize=VARYING_SIZES)
@@ -130,7 +131,6 @@ def _errors_kernel(
     segment = tl.program_id(0) % n_segments
     columns = segment * SEGMENT + tl.arange(0, SEGMENT)
     scores = _column_scores(column_sq, block_weights, chunk, columns, n_blocks, vocab_size, BLOCKS)
-    # A summand is at most ε²/4.
     epsilon = 2.0 * tl.sqrt(tl.load(budgets + chunk) / vocab_size)
     for k in tl.range(CANDIDATES):
         error = tl.sum(tl.maximum(scores * (epsilon - scores), 0.0), 0)
