@@ -23,6 +23,16 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int
 
+    @property
+    def blocks(self) -> dict[str, int]:
+        """The kernels' constants."""
+        return {"BLOCK_N": self.block_n, "BLOCK_V": self.block_v, "BLOCK_H": self.block_h}
+
+    @property
+    def launch(self) -> dict[str, int]:
+        """Everything in it that a launch takes."""
+        return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
 
 @functools.cache
 def _table() -> dict[str, dict[str, dict[str, list[dict[str, Any]]]]]:

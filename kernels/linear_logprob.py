@@ -37,6 +37,7 @@ from .tiles import (
     has_tma,
     kernel_operands,
     load_tile,
+    merge_splits,
     on_device,
     operand,
     operand_type,
@@ -210,14 +211,10 @@ def _lower_bound_kernel(
     added = exists & (tl.load(is_seed + target, mask=exists, other=0) == 0)
     logit = tl.where(added, base2_logits(product, scale, softcap, HAS_SOFTCAP), float("-inf"))
 
-    splits = tl.arange(0, BLOCK_SPLITS)
-    known = (splits < n_splits)[:, None] & scored[None, :]
-    slots = partials + splits[:, None].to(tl.int64) * n_tokens + tokens[None, :]
-    split_maximum = tl.load(slots, mask=known, other=float("-inf"))
-    maximum = tl.maximum(tl.max(split_maximum, 0), logit)
+    known, known_total = merge_splits(partials, tokens, n_tokens, n_splits, BLOCK_SPLITS)
+    maximum = tl.maximum(known, logit)
     reference = tl.where(maximum == float("-inf"), 0.0, maximum)
-    split_total = tl.load(slots + tl.cast(n_splits, tl.int64) * n_tokens, mask=known, other=0.0)
-    total = tl.sum(split_total * tl.exp2(split_maximum - reference[None, :]), 0) + tl.exp2(logit - reference)
+    total = known_total * tl.exp2(known - reference) + tl.exp2(logit - reference)
     tl.store(bounds + tokens, reference + tl.log2(total), mask=scored)
 
 
@@ -408,28 +405,28 @@ def forward_partials(
         TMA=tma,
         PRECISION=dot_precision(),
         GROUP=TOKEN_BLOCKS_PER_GROUP,
-        BLOCK_N=config.block_n,
-        BLOCK_V=config.block_v,
-        BLOCK_H=config.block_h,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.launch,
     )
     return partials, target_logits, column_sq
 
 
-def scored_rows(
-    hidden: Tensor,  # (N, H)
+def scored_index(
     targets: Tensor,  # (N,)
     ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """hidden and targets of the tokens that count, and their row numbers, or None where all count.
+) -> Tensor:
+    """Row numbers of the tokens that count, (n,), ascending.
 
     Costs one synchronization; without it the ignored tokens, often half of a batch of pairs, would be computed.
     """
-    return _take_rows(hidden, targets, (targets != ignore_index).nonzero().squeeze(-1))
+    return (targets != ignore_index).nonzero().squeeze(-1)
 
 
-def _take_rows(hidden: Tensor, targets: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+def take_rows(
+    hidden: Tensor,  # (N, H)
+    targets: Tensor,  # (N,)
+    rows: Tensor,  # (n,), ascending
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """hidden and targets at ``rows``, and the rows themselves, or None where they are all."""
     if len(rows) == len(targets):
         return hidden.contiguous(), targets.contiguous(), None
     return hidden.index_select(0, rows), targets.index_select(0, rows), rows
@@ -497,8 +494,8 @@ def _forward_op(
     values = logprobs.new_zeros(len(names), n_rows)
     column_sq = weight.new_empty(0, len(weight), dtype=torch.bfloat16)
     center = logprobs.new_empty(weight.shape[1] if tolerance > 0 else 0)
-    scored_index = (targets != ignore_index).nonzero().squeeze(-1)
-    scored, scored_targets, rows = _take_rows(hidden, targets, scored_index)
+    index = scored_index(targets, ignore_index)
+    scored, scored_targets, rows = take_rows(hidden, targets, index)
     if n_tokens := len(scored):
         weight = weight.contiguous()
         lower_bound = None
@@ -526,8 +523,7 @@ def _forward_op(
             BLOCK_N=block_n,
             BLOCK_SPLITS=block_splits,
         )
-    kept_index = scored_index if tolerance > 0 else scored_index.new_empty(0)
-    return logprobs, logsumexp, values, column_sq, center, kept_index
+    return logprobs, logsumexp, values, column_sq, center, index if tolerance > 0 else index.new_empty(0)
 
 
 @_forward_op.register_fake
@@ -591,11 +587,7 @@ def _grad_logits(
         TMA=tma,
         PRECISION=dot_precision(),
         GROUP=TOKEN_BLOCKS_PER_GROUP,
-        BLOCK_N=config.block_n,
-        BLOCK_V=config.block_v,
-        BLOCK_H=config.block_h,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.launch,
     )
 
 
@@ -611,7 +603,7 @@ def _backward_op(
     logsumexp: Tensor,  # (N,)
     column_sq: Tensor,  # (blocks, V)
     center: Tensor,  # (H,)
-    scored_index: Tensor,  # (n,) at a tolerance over 0
+    index: Tensor,  # (n,) at a tolerance over 0: the scored tokens' rows
     scale: float,
     softcap: float | None,
     ignore_index: int,
@@ -624,10 +616,8 @@ def _backward_op(
     Last what draw_slots reports, zeros where it is not called.
     """
     need_hidden, need_weight, need_bias = needed
-    if tolerance > 0:
-        scored, scored_targets, rows = _take_rows(hidden, targets, scored_index)
-    else:
-        scored, scored_targets, rows = scored_rows(hidden, targets, ignore_index)
+    index = index if tolerance > 0 else scored_index(targets, ignore_index)
+    scored, scored_targets, rows = take_rows(hidden, targets, index)
     # dweight and dbias are written in whole, and so is dhidden where no token is ignored.
     row_major = torch.contiguous_format  # as the kernels write, whatever the operands' strides
     allocate = torch.empty_like if rows is None else torch.zeros_like
@@ -659,9 +649,9 @@ def _backward_op(
         arch = configs.architecture(hidden.device)
         block_n = configs.lookup("forward", arch, hidden.dtype, hidden.shape[1]).block_n
         tile = configs.lookup("sampled_grad_logits", arch, hidden.dtype, hidden.shape[1]).block_v
-        sampled = Operands(*operands, BLOCKS_PER_CHUNK * block_n)
+        sampled = Operands(*operands, BLOCKS_PER_CHUNK * block_n, tile)
         train_head = dweight is not None or dbias is not None
-        slots, report = draw_slots(sampled, column_sq, grad, logprobs, tolerance, seed, tile, train_head)
+        slots, report = draw_slots(sampled, column_sq, grad, logprobs, tolerance, seed, train_head)
     if slots is None:
         _exact_gradients(*operands, unit, rows, (dhidden, dweight, dbias))
     else:
@@ -748,7 +738,7 @@ def _(
     logsumexp: Tensor,
     column_sq: Tensor,
     center: Tensor,
-    scored_index: Tensor,
+    index: Tensor,
     scale: float,
     softcap: float | None,
     ignore_index: int,

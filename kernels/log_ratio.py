@@ -16,8 +16,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .linear_logprob import forward_partials, scored_rows
-from .tiles import LN2, SMALL, SYNCHRONIZES, VARYING_SIZES, Specialization, kernel_operands, on_device, specialize
+from .linear_logprob import forward_partials, scored_index, take_rows
+from .tiles import (
+    LN2,
+    SMALL,
+    SYNCHRONIZES,
+    VARYING_SIZES,
+    Specialization,
+    kernel_operands,
+    merge_splits,
+    on_device,
+    specialize,
+)
 
 Transform = tuple[float, float | None]
 
@@ -31,14 +41,8 @@ def _split_logprob(
     n_splits,
     BLOCK_SPLITS: tl.constexpr,
 ):
-    splits = tl.arange(0, BLOCK_SPLITS)
     scored = tokens < n_tokens
-    inside = (splits < n_splits)[:, None] & scored[None, :]
-    slots = partials + splits[:, None].to(tl.int64) * n_tokens + tokens[None, :]
-    split_maximum = tl.load(slots, mask=inside, other=float("-inf"))
-    maximum = tl.where(scored, tl.max(split_maximum, 0), 0.0)
-    split_total = tl.load(slots + tl.cast(n_splits, tl.int64) * n_tokens, mask=inside, other=0.0)
-    total = tl.sum(split_total * tl.exp2(split_maximum - maximum[None, :]), 0)
+    maximum, total = merge_splits(partials, tokens, n_tokens, n_splits, BLOCK_SPLITS)
     logit = tl.load(target_logits + tokens, mask=scored, other=0.0)
     return (logit - maximum) * LN2 - tl.log(tl.where(scored, total, 1.0))
 
@@ -84,7 +88,7 @@ def _log_ratio_op(
     ignore_index: int,
 ) -> Tensor:
     log_ratios = hidden.new_zeros(targets.shape, dtype=torch.float32)
-    scored, scored_targets, rows = scored_rows(hidden, targets, ignore_index)
+    scored, scored_targets, rows = take_rows(hidden, targets, scored_index(targets, ignore_index))
     n_tokens = len(scored)
     if not n_tokens:
         return log_ratios

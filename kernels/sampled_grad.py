@@ -70,6 +70,7 @@ class Operands(NamedTuple):
     transform: tuple[float, float | None]
     targets: Tensor  # (n,)
     chunk: int  # C
+    tile: int  # of slots: sampled_grad_logits' block_v
 
 
 class Draw(NamedTuple):
@@ -296,7 +297,7 @@ def _sampled_dhidden_kernel(
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
     """A tile of dhidden = Σ over the chunk's slots of grad_logitsᵀ · W."""
@@ -312,8 +313,8 @@ def _sampled_dhidden_kernel(
     start = tl.load(first_slots + chunk) - first_slot
     end = tl.load(first_slots + chunk + 1) - first_slot
     own = columns + tl.cast(chunk, tl.int64) * (tl.cdiv(vocab_size, TILE) * TILE) - start
-    for slot in tl.range(start, end, BLOCK_S):
-        slots = slot + tl.arange(0, BLOCK_S)
+    for slot in tl.range(start, end, BLOCK_V):
+        slots = slot + tl.arange(0, BLOCK_V)
         column = tl.load(own + slots).to(tl.int64)
         g = tl.load(grad_logits + slots.to(tl.int64)[:, None] * CHUNK + within[None, :])
         w = tl.load(
@@ -426,15 +427,13 @@ def draw_slots(
     logprobs: Tensor,  # (n,)
     tolerance: float,
     seed: int,
-    tile: int,
     train_head: bool,
 ) -> tuple[Slots | None, Tensor]:
     """Draw the columns of each chunk, none where so many are needed that the exact gradient is as fast.
 
-    Beside them columns_kept, estimated_error, dense_chunks and chunks (GradReport), (4,) float64 on the CPU. ``tile``
-    slots of a chunk make a tile.
+    Beside them columns_kept, estimated_error, dense_chunks and chunks (GradReport), (4,) float64 on the CPU.
     """
-    (n_blocks, vocab_size), chunk = column_sq.shape, operands.chunk
+    (n_blocks, vocab_size), chunk, tile = column_sq.shape, operands.chunk, operands.tile
     n_chunks = triton.cdiv(n_blocks, BLOCKS_PER_CHUNK)
 
     # Only ratios matter, so the largest gradient may be 1, which keeps its square in fp32's range.
@@ -447,14 +446,14 @@ def draw_slots(
     allowed, head_error = budgets.sum(), budgets.new_zeros(())
     if train_head:
         # A draw of its own, so that the other one's probabilities depend on no draw that they weigh.
-        head_error = _head_error(
-            operands, _draw(column_sq, block_weights, budgets, seed, 1, tile, need_ranks=False), tile, largest
-        ).div_(tolerance**2)
-        reduced = (1 / head_error.clamp_min(1e-30)).clamp_max(1.0).nan_to_num(1.0)
-        budgets, head_error = budgets * reduced, head_error * reduced
+        trial = _draw(column_sq, block_weights, budgets, seed, 1, tile, need_ranks=False)
+        head_error = _head_error(operands, trial, largest) / tolerance**2
+        del trial  # as large as the draw that follows
+        budgets = budgets / head_error.nan_to_num(1.0).clamp_min(1.0)
     draw = _draw(column_sq, block_weights, budgets, seed, 0, tile, need_ranks=train_head)
     first_slots = pad((draw.counts / tile).ceil_().mul_(tile).int().cumsum(0, dtype=torch.int32), (1, 0))
-    error = torch.maximum(draw.errors.sum() / allowed.clamp_min(1e-30), head_error)
+    # More than is allowed by roundings alone, since where head_error was, the budgets were cut by it.
+    error = torch.maximum(draw.errors.sum() / allowed.clamp_min(1e-30), head_error).clamp_max(1.0)
     # The one synchronization, for what launches and buffers need; all kernels of the draw are on their way.
     totals = torch.stack([draw.counts.sum(), draw.shares.sum(), error])
     total, share, error_sq, *bounds = torch.cat([totals, first_slots]).tolist()
@@ -500,10 +499,9 @@ def _draw(
 def _head_error(
     operands: Operands,
     draw: Draw,  # overwritten
-    tile: int,  # sampled_grad_logits' block_v
     largest: Tensor,  # (), of the upstream gradients, so that squares stay in fp32's range
 ) -> Tensor:
-    """The squared relative error of dweight that such a draw lets expect, (), by ``tile`` columns of each chunk.
+    """The squared relative error of dweight that such a draw lets expect, (), by a tile of columns of each chunk.
 
     E‖error‖² = Σ_v (1/π_v − 1) ‖Σ_t G_tv h_t‖², of which Σ_{v kept} (1 − π_v) ‖Σ_t G_tv h_t / π_v‖² is an estimate. Its
     summands are alike for columns that are not certain, as π_v is about in proportion to the norm: some, evenly
@@ -511,7 +509,7 @@ def _head_error(
     none. The gradient itself is taken to have the size that it has if its tokens' parts are not correlated. dbias has
     no estimate.
     """
-    hidden, chunk, n_chunks = operands.hidden, operands.chunk, len(draw.counts)
+    hidden, chunk, tile, n_chunks = operands.hidden, operands.chunk, operands.tile, len(draw.counts)
     kept = draw.counts[:, None]
     picked = (kept * ((torch.arange(tile, dtype=torch.float32, device=hidden.device) + 0.5) / tile)).long()
     columns, weights = draw.columns[:, :tile], draw.weights[:, :tile]
@@ -546,12 +544,12 @@ def _grad_logits(
     tile_sums: Tensor,  # (tiles, C), fp32
 ) -> None:
     """Write ∂loss/∂logits / π for the slots of some chunks."""
-    tokens = slice(chunks.start * operands.chunk, min(chunks.stop * operands.chunk, len(operands.hidden)))
+    tokens = slice(chunks.start * operands.chunk, chunks.stop * operands.chunk)
     hidden = operands.hidden[tokens]
     n_tokens, hidden_size = hidden.shape
     scale, softcap = operands.transform
     config = configs.lookup("sampled_grad_logits", configs.architecture(hidden.device), hidden.dtype, hidden_size)
-    most_tiles = max(end - start for start, end in pairwise(bounds[chunks.start : chunks.stop + 1])) // config.block_v
+    most_tiles = max(end - start for start, end in pairwise(bounds[chunks.start : chunks.stop + 1])) // operands.tile
     tma = tma_available(hidden)
     _sampled_grad_logits_kernel[((chunks.stop - chunks.start) * most_tiles * (operands.chunk // config.block_n),)](
         operand(hidden, [config.block_n, config.block_h], tma),
@@ -575,11 +573,7 @@ def _grad_logits(
         TMA=tma,
         PRECISION=dot_precision(),
         CHUNK=operands.chunk,
-        BLOCK_N=config.block_n,
-        BLOCK_V=config.block_v,
-        BLOCK_H=config.block_h,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.launch,
     )
 
 
@@ -599,9 +593,9 @@ def sampled_gradients(
     hidden, weight, chunk, bounds = operands.hidden, operands.weight, operands.chunk, slots.bounds
     dtype, (vocab_size, hidden_size) = hidden.dtype, weight.shape
     dhidden, *results = gradients
-    logits_config, dhidden_config, dweight_config = (
+    dhidden_config, dweight_config = (
         configs.lookup(name, configs.architecture(hidden.device), dtype, hidden_size)
-        for name in ("sampled_grad_logits", "sampled_dhidden", "sampled_dweight")
+        for name in ("sampled_dhidden", "sampled_dweight")
     )
     precision = dot_precision()
     # Several groups would accumulate dweight in fp32: a workspace of that size costs no more and saves the passes.
@@ -611,10 +605,10 @@ def sampled_gradients(
     dweight, dbias = (torch.zeros_like(g, dtype=torch.float32) if accumulate and g is not None else g for g in results)
     n_most = max(bounds[chunks.stop] - bounds[chunks.start] for chunks in groups)
     workspace = hidden.new_empty(n_most, chunk)
-    tile_sums = hidden.new_empty(n_most // logits_config.block_v, chunk, dtype=torch.float32)
+    tile_sums = hidden.new_empty(n_most // operands.tile, chunk, dtype=torch.float32)
     for chunks in groups:
-        tokens = slice(chunks.start * chunk, min(chunks.stop * chunk, len(hidden)))
-        n_tokens, n_chunks, first_slot = tokens.stop - tokens.start, chunks.stop - chunks.start, bounds[chunks.start]
+        tokens = slice(chunks.start * chunk, chunks.stop * chunk)
+        h, n_chunks, first_slot = hidden[tokens], chunks.stop - chunks.start, bounds[chunks.start]
         first_slots = slots.first_slots[chunks.start :]
         _grad_logits(operands, slots.draw, slots.first_slots, bounds, chunks, workspace, tile_sums)
         if dhidden is not None:
@@ -630,18 +624,14 @@ def sampled_gradients(
                 None if rows is None else rows[tokens],
                 dhidden if rows is not None else dhidden[tokens],
                 unit,
-                n_tokens,
+                len(h),
                 first_slot,
                 vocab_size,
                 hidden_size,
                 PRECISION=precision,
                 CHUNK=chunk,
-                TILE=logits_config.block_v,
-                BLOCK_N=config.block_n,
-                BLOCK_S=config.block_v,
-                BLOCK_H=config.block_h,
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
+                TILE=operands.tile,
+                **config.launch,
             )
         if slots.draw.ranks is not None:
             config = dweight_config
@@ -651,7 +641,7 @@ def sampled_gradients(
                 (triton.cdiv(vocab_size, config.block_v) * triton.cdiv(hidden_size, config.block_h),)
             ](
                 workspace,
-                hidden[tokens],
+                h,
                 order,
                 ranks,
                 first_slots,
@@ -660,7 +650,7 @@ def sampled_gradients(
                 dweight,
                 dbias,
                 unit,
-                n_tokens,
+                len(h),
                 n_chunks,
                 first_slot,
                 vocab_size,
@@ -668,11 +658,7 @@ def sampled_gradients(
                 ACCUMULATE=accumulate,
                 PRECISION=precision,
                 CHUNK=chunk,
-                BLOCK_V=config.block_v,
-                BLOCK_N=config.block_n,
-                BLOCK_H=config.block_h,
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
+                **config.launch,
             )
     if accumulate:
         for result, total in zip(results, (dweight, dbias), strict=True):
@@ -733,10 +719,7 @@ def aot_signatures(arch: str) -> Iterator[Specialization]:
                 if name == "sampled_grad_logits":
                     types["hidden"] = operand_type(dtype, config.block_n, config.block_h, tma)
                 if name == "sampled_dhidden":
-                    constants |= {
-                        "BLOCK_S": config.block_v,
-                        "TILE": configs.entries("sampled_grad_logits", arch, bits)[0][1].block_v,
-                    }
+                    constants["TILE"] = configs.entries("sampled_grad_logits", arch, bits)[0][1].block_v
                 yield specialize(f"{name}_{dtype}_h{max_hidden or 'any'}", kernel, config, types, constants)
     floats = dict.fromkeys(("block_weights", "budgets", "errors", "sums", "weights"), "*fp32")
     types = {"column_sq": "*bf16", **floats, **dict.fromkeys(("kept", "ranks"), "*i32")}

@@ -51,6 +51,26 @@ def load_tile(source, row, column, n_rows, n_columns, ROWS: tl.constexpr, COLUMN
 
 
 @triton.jit
+def merge_splits(
+    partials,  # (2 or more, splits, n), fp32: each split's maximum m and Σ 2^(z−m)
+    tokens,  # (BLOCK_N,)
+    n_tokens,
+    n_splits,
+    BLOCK_SPLITS: tl.constexpr,
+):
+    """The tokens' maximum m and Σ 2^(z−m): −∞ and 0 where all entries are masked, 0 and 0 outside."""
+    splits = tl.arange(0, BLOCK_SPLITS)
+    scored = tokens < n_tokens
+    inside = (splits < n_splits)[:, None] & scored[None, :]
+    slots = partials + splits[:, None].to(tl.int64) * n_tokens + tokens[None, :]
+    split_maximum = tl.load(slots, mask=inside, other=float("-inf"))
+    maximum = tl.where(scored, tl.max(split_maximum, 0), 0.0)
+    reference = tl.where(maximum == float("-inf"), 0.0, maximum)
+    split_total = tl.load(slots + tl.cast(n_splits, tl.int64) * n_tokens, mask=inside, other=0.0)
+    return maximum, tl.sum(split_total * tl.exp2(split_maximum - reference[None, :]), 0)
+
+
+@triton.jit
 def base2_logits(product, scale, softcap, HAS_SOFTCAP: tl.constexpr):
     """Base-2 logits: log₂e · softcap · tanh(scale · x / softcap), or log₂e · scale · x."""
     if HAS_SOFTCAP:
@@ -156,8 +176,7 @@ def specialize(
     name: str, kernel: Any, config: Config, types: dict[str, str], constexprs: dict[str, Any]
 ) -> Specialization:
     """``types`` names the operands; other arguments are floats (``scale``, ``softcap``) or integers."""
-    blocks = {"BLOCK_N": config.block_n, "BLOCK_V": config.block_v, "BLOCK_H": config.block_h}
-    constexprs = {**{block: size for block, size in blocks.items() if block in kernel.arg_names}, **constexprs}
+    constexprs = {**{block: size for block, size in config.blocks.items() if block in kernel.arg_names}, **constexprs}
     signature = {
         argument: types.get(argument, "fp32" if argument in ("scale", "softcap") else "i32")
         for argument in kernel.arg_names
