@@ -27,9 +27,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import cpu_passes
+from .autograd import once_differentiable
 from .dispatch import Options, Report, ReportValues
 from .sparse_grad import (
     COHERENT_LIMIT,

@@ -93,9 +93,11 @@ class LMHead:
         A head that tensor parallelism shards by vocabulary, over the mesh dimension "tp", stays sharded; one that
         bitsandbytes holds in 4 bits is dequantized for the call.
 
+        Rows that only pad the vocabulary, as Inkling's configs say, are left out.
+
         Raises:
             ValueError: the model has no output embedding, or one that is quantized in another way, not a linear map,
-                adapted by anything but plain LoRA, or a part of one.
+                adapted by anything but plain LoRA, a part of one, or both sharded and padded.
         """
         while hasattr(model, "module") and not hasattr(model, "get_output_embeddings"):
             model = model.module  # DistributedDataParallel and its like
@@ -110,23 +112,35 @@ class LMHead:
                 f"the output embedding has {rows} of the vocabulary's {vocab_size} rows, and is no DTensor that knows "
                 "of the others: give LMHead this rank's weight with group and vocab_start"
             )
+        if (used := getattr(config, "unpadded_vocab_size", None) or rows) < rows:
+            if parallel.is_sharded(weight):
+                raise ValueError(
+                    f"the output embedding is sharded, and {rows - used} of its {rows} rows pad the vocabulary: give "
+                    "LMHead the weight without them"
+                )
+            weight, bias = weight[:used], None if bias is None else bias[:used]
+
+        def product(names: tuple[str, ...]) -> float:
+            return math.prod(float(factor) for name in names if (factor := getattr(config, name, None)) is not None)
+
         softcaps = [cap for name in _SOFTCAPS if (cap := getattr(config, name, None))]
-        factors = [getattr(config, name, None) for name in _FACTORS]
-        divisor = float(getattr(config, "logits_scaling", None) or 1.0)  # Granite's
+        factor, divisor = product(_FACTORS), product(_DIVISORS)
         if config.model_type == "hyperclovax":
             divisor = 1 / divisor
         return cls(
             weight,
             bias,
             softcap=softcaps[0] if softcaps else None,
-            logit_scale=math.prod(float(factor) for factor in factors if factor is not None) / divisor,
+            logit_scale=1.0 if config.model_type == "mpt" else factor / divisor,  # whose logit_scale goes unused
             group=parallel.tensor_parallel_group(weight),
         )
 
 
-# What configs call what their models do to logits: Gemma, RecurrentGemma and xLSTM; Cohere, Falcon-H1 and Muse.
+# What configs call what their models do to logits: Gemma, RecurrentGemma and xLSTM; Cohere, Falcon-H1 and Muse; Granite
+# and Inkling.
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
 
 
 def _effective_weight(layer: Any) -> tuple[Tensor, Tensor | None]:

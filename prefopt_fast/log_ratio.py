@@ -36,7 +36,8 @@ def token_log_ratio(
     """Log-ratio of two frozen models that share a tokenizer on the same targets (arXiv 2410.18640, r_t).
 
     On a Triton device one merge of both heads' partial sums writes the ratio alone; elsewhere it is the difference of
-    two :func:`token_logprobs` calls. Shapes and dtypes as there; the hidden sizes of the models may differ.
+    two :func:`token_logprobs` calls. Dtypes as there; targets are (B, T) or (N,), and the hidden sizes of the models
+    may differ.
 
     Args:
         cu_seqlens: offsets into packed targets (N,), as in :func:`sequence_logprobs`.
@@ -45,12 +46,17 @@ def token_log_ratio(
         ValueError, RuntimeError, NotImplementedError: what token_logprobs raises.
     """
     pairs = ((aligned_hidden, aligned_head), (ref_hidden, ref_head))
+    for hidden, head in pairs:
+        validate_inputs(hidden, head, targets, (), ignore_index)
+    length = None
+    if targets.dim() != 1 or cu_seqlens is not None:
+        length = segment_sum(targets != ignore_index, cu_seqlens)
+        require_tokens(length)
     whole = not any(head.group or is_sharded(head.weight) or is_sharded(head.bias) for _, head in pairs)
     if whole and resolve_backend(backend, targets.device) == "triton":
         from .kernels.log_ratio import log_ratio
 
         def operands(hidden: Tensor, head: LMHead) -> tuple[Tensor, Tensor, Tensor | None]:
-            validate_inputs(hidden, head, targets, (), ignore_index)
             hidden = hidden.to(product_dtype(hidden))
             return hidden.reshape(-1, hidden.shape[-1]), product_weight(hidden, head), head.bias
 
@@ -67,8 +73,4 @@ def token_log_ratio(
             for hidden, head in pairs
         )
         ratio = aligned - ref
-    if targets.dim() == 1 and cu_seqlens is None:
-        return TokenLogRatio(ratio, None)
-    length = segment_sum(targets != ignore_index, cu_seqlens)
-    require_tokens(length)
-    return TokenLogRatio(ratio, segment_sum(ratio, cu_seqlens) / length)
+    return TokenLogRatio(ratio, None if length is None else segment_sum(ratio, cu_seqlens) / length)

@@ -23,10 +23,7 @@ class LogRatio:
     """A sequence's log-ratio against the reference: ``sum`` over tokens and, where lengths are known, ``mean``."""
 
     def __init__(self, policy: SequenceLogprobs | Tensor, ref: SequenceLogprobs | Tensor | None):
-        total = policy if isinstance(policy, Tensor) else policy.sum
-        if ref is not None:
-            total = total - (ref if isinstance(ref, Tensor) else ref.sum)
-        self.sum = total
+        self.sum = _total(policy) if ref is None else _total(policy) - _total(ref).detach()
         self.length = None if isinstance(policy, Tensor) else policy.length
 
     @property
@@ -56,7 +53,7 @@ def ipo(w: LogRatio, l: LogRatio, beta: float) -> Tensor:  # noqa: E741
 
 def robust(w: LogRatio, l: LogRatio, beta: float, label_smoothing: float = 0.1) -> Tensor:  # noqa: E741
     """Robust DPO, arXiv 2403.00409: unbiased under preference flips of probability ``label_smoothing`` < 1/2."""
-    _require_in("label_smoothing", label_smoothing, 0.0, 0.5, low_open=False)
+    require_in("label_smoothing", label_smoothing, 0.0, 0.5, low_open=False)
     margin = beta * (w.sum - l.sum)
     clean, flipped = -F.logsigmoid(margin), -F.logsigmoid(-margin)
     return ((1 - label_smoothing) * clean - label_smoothing * flipped) / (1 - 2 * label_smoothing)
@@ -64,7 +61,7 @@ def robust(w: LogRatio, l: LogRatio, beta: float, label_smoothing: float = 0.1) 
 
 def exo_pair(w: LogRatio, l: LogRatio, beta: float, label_smoothing: float = 1e-3) -> Tensor:  # noqa: E741
     """EXO, arXiv 2402.00856 eq. 16 for two responses: KL(softmax of rewards ‖ (1 − ε, ε))."""
-    _require_in("label_smoothing", label_smoothing, 0.0, 1.0)
+    require_in("label_smoothing", label_smoothing, 0.0, 1.0)
     margin = beta * (w.sum - l.sum)
     log_w, log_l = F.logsigmoid(margin), F.logsigmoid(-margin)
     return log_w.exp() * (log_w - math.log1p(-label_smoothing)) + log_l.exp() * (log_l - math.log(label_smoothing))
@@ -98,6 +95,7 @@ def apo_down(w: LogRatio, l: LogRatio, beta: float) -> Tensor:  # noqa: E741
 
 def discopop(w: LogRatio, l: LogRatio, beta: float, tau: float = 0.05) -> Tensor:  # noqa: E741
     """DiscoPOP's log-ratio modulated loss, arXiv 2406.08414 eq. 5."""
+    require_in("tau", tau, 0.0, math.inf)
     margin = beta * (w.sum - l.sum)
     blend = F.logsigmoid(margin / tau)  # a logarithm, since e^−margin may overflow where the blend vanishes
     return -torch.expm1(blend) * -F.logsigmoid(margin) + torch.exp(blend - margin)
@@ -110,16 +108,19 @@ def sigmoid_norm(w: LogRatio, l: LogRatio, beta: float, label_smoothing: float =
 
 def simpo(w: LogRatio, l: LogRatio, beta: float, gamma: float = 0.5, label_smoothing: float = 0.0) -> Tensor:  # noqa: E741
     """SimPO, arXiv 2405.14734 eq. 6: reference-free, target margin ``gamma``."""
+    require_in("gamma", gamma, -math.inf, math.inf)
     return _logistic(beta * (w.mean - l.mean) - gamma, label_smoothing)
 
 
 def orpo(w: LogRatio, l: LogRatio, beta: float, nll_weight: float = 1.0) -> Tensor:  # noqa: E741
     """ORPO, arXiv 2403.07691 eq. 6: NLL of the chosen response plus β (its λ) times the log odds ratio loss."""
+    require_in("nll_weight", nll_weight, 0.0, math.inf, low_open=False)
     return nll_weight * -w.mean - beta * F.logsigmoid(log_odds_ratio(w.mean, l.mean))
 
 
 def cpo(w: LogRatio, l: LogRatio, beta: float, nll_weight: float = 1.0, label_smoothing: float = 0.0) -> Tensor:  # noqa: E741
     """CPO, arXiv 2401.08417 eq. 5: reference-free DPO plus the chosen response's NLL (per token, as in its code)."""
+    require_in("nll_weight", nll_weight, 0.0, math.inf, low_open=False)
     nll = -w.mean if nll_weight else 0.0
     return _logistic(beta * (w.sum - l.sum), label_smoothing) + nll_weight * nll
 
@@ -153,7 +154,7 @@ def preference_loss(
     beta: float = 0.1,
     **hyperparameters: float,
 ) -> Tensor:
-    """Unreduced pairwise loss (B,), differentiable in ``chosen`` and ``rejected``.
+    """Unreduced pairwise loss (B,), differentiable in ``chosen`` and ``rejected``, not in the reference.
 
     Args:
         chosen, rejected: the policy's, from :func:`sequence_logprobs`; plain (B,) sums do for losses that are not
@@ -167,7 +168,7 @@ def preference_loss(
             each goes to every member that takes it.
 
     Raises:
-        ValueError: unknown loss or hyperparameter, a weight that is not positive, missing or superfluous references,
+        ValueError: unknown loss or hyperparameter, a value or weight out of range, missing or superfluous references,
             shapes that do not fit.
     """
     mixture = loss_mixture(loss_type)
@@ -175,14 +176,13 @@ def preference_loss(
     name = " + ".join(mixture)
     if unknown := sorted(set(hyperparameters) - set(allowed)):
         raise ValueError(f"{name} takes {', '.join(allowed) or 'no hyperparameter beside beta'}; found {unknown}")
-    if not beta > 0:
-        raise ValueError(f"beta must be positive, found {beta}")
+    require_in("beta", beta, 0.0, math.inf)
     if reference_free(mixture):
         if not (ref_chosen is None and ref_rejected is None):
             raise ValueError(f"{name} is reference-free: ref_chosen and ref_rejected must be None")
     elif ref_chosen is None or ref_rejected is None:
         raise ValueError(f"{name} needs ref_chosen and ref_rejected")
-    _require_one_shape(chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected)
+    _require_one_shape(1, chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected)
     policy = LogRatio(chosen, None), LogRatio(rejected, None)
     ratio = LogRatio(chosen, ref_chosen), LogRatio(rejected, ref_rejected)
     terms = []
@@ -212,7 +212,7 @@ def wpo_loss(
     and :func:`preference_loss` for the rest, and for what is raised.
     """
     loss = preference_loss(chosen, rejected, ref_chosen, ref_rejected, loss_type, beta, **hyperparameters)
-    _require_one_shape(chosen=chosen, chosen_weight=chosen_weight, rejected_weight=rejected_weight)
+    _require_one_shape(1, chosen=chosen, chosen_weight=chosen_weight, rejected_weight=rejected_weight)
     return wpo_pair_weight(chosen_weight, rejected_weight, clamp) * loss
 
 
@@ -252,11 +252,12 @@ def wspo_loss(
     if (level == "segment") != (segments is not None):
         found = "without" if segments is None else "with"
         raise ValueError(f'level "segment" needs segments, and no other level takes them; found "{level}" {found} them')
-    if not gamma > 0:
-        raise ValueError(f"gamma must be positive, found {gamma}")
+    require_in("gamma", gamma, 0.0, math.inf)
     _require_one_shape(
-        policy=policy, ref=ref, weak_aligned=weak_aligned, weak_ref=weak_ref, mask=mask, segments=segments
+        2, policy=policy, ref=ref, weak_aligned=weak_aligned, weak_ref=weak_ref, mask=mask, segments=segments
     )
+    if segments is not None and segments.is_floating_point():
+        raise ValueError(f"segments must be integers, found {segments.dtype}")
     mask = mask.bool() if segments is None else mask.bool() & (segments >= 0)
     length = segment_sum(mask, None)
     require_tokens(length)
@@ -271,8 +272,8 @@ def wspo_loss(
 
 
 def kto_loss(
-    logprobs: Tensor,  # (B,)
-    ref_logprobs: Tensor,  # (B,)
+    logprobs: SequenceLogprobs | Tensor,  # (B,)
+    ref_logprobs: SequenceLogprobs | Tensor,  # (B,)
     desirable: Tensor,  # (B,)
     kl: Tensor | float,
     beta: float = 0.1,
@@ -282,27 +283,35 @@ def kto_loss(
     """KTO (arXiv 2402.01306 eq. 8) of single sequences, (B,): λ_D (1 − σ(r − z₀)) or λ_U (1 − σ(z₀ − r)).
 
     Args:
-        logprobs, ref_logprobs: summed log-probs of each response; differentiable in ``logprobs``.
+        logprobs, ref_logprobs: summed log-probs of each response, or what :func:`sequence_logprobs` returns;
+            differentiable in ``logprobs``.
         desirable: bool, whether each response is wanted.
         kl: the batch's estimate of KL(π_θ ‖ π_ref) in nats, from mismatched prompts and responses; z₀ = β·max(kl, 0),
             detached.
         beta, desirable_weight, undesirable_weight: the paper's β, λ_D and λ_U.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit, ``desirable`` that is not boolean, a value out of range.
     """
-    if not beta > 0:
-        raise ValueError(f"beta must be positive, found {beta}")
-    _require_one_shape(logprobs=logprobs, ref_logprobs=ref_logprobs, desirable=desirable)
-    reward = beta * (logprobs - ref_logprobs.detach())
-    baseline = beta * torch.as_tensor(kl, dtype=reward.dtype, device=reward.device).detach().clamp(min=0)
+    require_in("beta", beta, 0.0, math.inf)
+    for name, weight in (("desirable_weight", desirable_weight), ("undesirable_weight", undesirable_weight)):
+        require_in(name, weight, 0.0, math.inf, low_open=False)
+    _require_one_shape(1, logprobs=logprobs, ref_logprobs=ref_logprobs, desirable=desirable)
+    if desirable.dtype != torch.bool:
+        raise ValueError(f"desirable must be boolean, found {desirable.dtype}")
+    if isinstance(kl, Tensor) and kl.numel() != 1:
+        raise ValueError(f"kl must be one number, found shape {tuple(kl.shape)}")
+    reward = beta * LogRatio(logprobs, ref_logprobs).sum
+    baseline = beta * torch.as_tensor(kl, dtype=reward.dtype, device=reward.device).detach().reshape(()).clamp(min=0)
     wanted = desirable_weight * torch.sigmoid(baseline - reward)
     unwanted = undesirable_weight * torch.sigmoid(reward - baseline)
-    return torch.where(desirable.bool(), wanted, unwanted)
+    return torch.where(desirable, wanted, unwanted)
 
 
 def loss_mixture(loss_type: str | Mapping[str, float]) -> dict[str, float]:
     """{member of ``PAIRWISE_LOSSES``: weight}; raises ValueError for unknown members, or weights not positive."""
+    if not isinstance(loss_type, (str, Mapping)):
+        raise ValueError(f"loss_type must be a name or a mapping of names to weights, found {loss_type!r}")
     mixture = {loss_type: 1.0} if isinstance(loss_type, str) else dict(loss_type)
     if not mixture or (unknown := [name for name in mixture if name not in PAIRWISE_LOSSES]):
         found = ", ".join(map(repr, unknown)) if mixture else "an empty mapping"
@@ -326,12 +335,15 @@ def hyperparameter_names(mixture: Iterable[str]) -> list[str]:
 
 def log_odds_ratio(chosen: Tensor, rejected: Tensor) -> Tensor:
     """ORPO's log odds(y_w) − log odds(y_l), odds(y) = p / (1 − p), from length-normalised log-probs."""
+    # Of p = 1 to the last digit the odds are infinite; those of a rounding less, with the same slope, are not.
+    below = -torch.finfo(chosen.dtype).eps
+    chosen, rejected = (x - (x - below).clamp(min=0).detach() for x in (chosen, rejected))
     return (chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected))
 
 
 def _logistic(margin: Tensor, label_smoothing: float) -> Tensor:
     """−log σ(margin), in expectation over preference flips of probability ``label_smoothing`` < 1/2 (cDPO)."""
-    _require_in("label_smoothing", label_smoothing, 0.0, 0.5, low_open=False)
+    require_in("label_smoothing", label_smoothing, 0.0, 0.5, low_open=False)
     if not label_smoothing:
         return -F.logsigmoid(margin)
     return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
@@ -346,18 +358,19 @@ def _log1mexp(x: Tensor) -> Tensor:
     return torch.where(near, by_expm1, by_log1p)
 
 
-def _require_in(name: str, value: float, low: float, high: float, low_open: bool = True) -> None:
+def require_in(name: str, value: float, low: float, high: float, low_open: bool = True) -> None:
     if not (low < value < high or (not low_open and value == low)):
-        raise ValueError(f"{name} must be in {'(' if low_open else '['}{low}, {high}), found {value}")
+        raise ValueError(f"{name} must be in {'(' if low_open else '['}{low:g}, {high:g}), found {value}")
 
 
-def _require_one_shape(**arguments: SequenceLogprobs | Tensor | None) -> None:
-    shapes = {
-        name: tuple(value.shape if isinstance(value, Tensor) else value.sum.shape)
-        for name, value in arguments.items()
-        if value is not None
-    }
-    if len(set(shapes.values())) > 1:
+def _total(logprobs: SequenceLogprobs | Tensor) -> Tensor:
+    return logprobs if isinstance(logprobs, Tensor) else logprobs.sum
+
+
+def _require_one_shape(dimensions: int, **arguments: SequenceLogprobs | Tensor | None) -> None:
+    shapes = {name: tuple(_total(value).shape) for name, value in arguments.items() if value is not None}
+    if len({*shapes.values()}) > 1 or len(next(iter(shapes.values()))) != dimensions:
+        expected = ("(B,)", "(B, T)")[dimensions - 1]
         raise ValueError(
-            "shapes must be equal, found " + ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+            f"shapes must be equal, {expected}; found " + ", ".join(f"{name} {shape}" for name, shape in shapes.items())
         )

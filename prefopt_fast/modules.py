@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .head import LMHead
 from .objectives import Objective, pair_objective, wspo_objective
-from .sequence_stats import segment_sum
+from .sequence_stats import require_tokens, segment_sum
 from .token_stats import product_dtype, resolve_grad_tolerance, token_logprobs, validate_inputs
 
 GradTolerance = float | str | tuple[float, float]
@@ -38,6 +38,7 @@ class _ResponseLoss(nn.Module):
         validate_inputs(hidden, head, targets, self.objective.stats, self.ignore_index)
         keep = targets != self.ignore_index
         lengths = segment_sum(keep, cu_seqlens)
+        require_tokens(lengths)
         if len(lengths) % len(self.objective.responses):
             raise ValueError(
                 f"targets must hold the chosen sequences and then as many rejected ones, found {len(lengths)} sequences"
@@ -213,5 +214,5 @@ class WSPOLoss(_ResponseLoss):
 def draw_seed(grad_tolerance: GradTolerance, hidden: Tensor) -> int:
     """A seed for token_logprobs from torch's generator, which an exact gradient leaves alone."""
     if torch.is_grad_enabled() and any(resolve_grad_tolerance(grad_tolerance, product_dtype(hidden))):
-        return int(torch.randint(2**31, ()))
+        return int(torch.randint(2**31, (), device="cpu"))
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .config import TrainConfig
-from .losses import loss_mixture, preference_loss, reference_free, wpo_loss, wpo_pair_weight, wspo_loss
+from .losses import loss_mixture, preference_loss, reference_free, require_in, wpo_loss, wpo_pair_weight, wspo_loss
 from .sequence_stats import SequenceLogprobs, alignment_stat, segment_sum, sequence_logprobs, unpack, wpo_weights
 from .token_stats import TokenStats
 
@@ -82,10 +83,10 @@ def wspo_objective(gamma: float, level: str, sft_weight: float = 0.0) -> Objecti
 
 def _checked(objective: Objective) -> Objective:
     """One token per sequence through the loss: what it has to say against its hyperparameters comes before any work."""
-    tokens = torch.full((len(objective.responses),), -1.0)
+    tokens = torch.full((len(objective.responses),), -1.0, device="cpu")
     stats = TokenStats(tokens, tokens < 0, log_sum_sq_probs=tokens, max_logprob=tokens)
-    frozen = dict.fromkeys(objective.frozen, tokens) | {"segments": torch.zeros(len(tokens), dtype=torch.long)}
-    objective.function(stats, torch.arange(len(tokens) + 1), frozen)
+    frozen = dict.fromkeys(objective.frozen, tokens) | {"segments": torch.zeros_like(tokens, dtype=torch.long)}
+    objective.function(stats, torch.arange(len(tokens) + 1, device="cpu"), frozen)
     return objective
 
 
@@ -189,6 +190,7 @@ def _halves(stats: TokenStats, cu_seqlens: Tensor, frozen: Mapping[str, Tensor])
 
 
 def _add_sft(loss: Tensor, chosen: SequenceLogprobs, sft_weight: float) -> Tensor:
+    require_in("sft_weight", sft_weight, 0.0, math.inf, low_open=False)
     return loss - sft_weight * chosen.mean if sft_weight else loss
 
 

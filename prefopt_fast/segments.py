@@ -158,8 +158,10 @@ def segment_means(
     segments: Tensor,  # (B, T)
     mask: Tensor,  # (B, T), False at tokens of no segment
 ) -> Tensor:
-    """(B, T): each token's value replaced by the mean over its segment; 0 where ``mask`` is False."""
-    index = segments.masked_fill(~mask, 0).long()
+    """(B, T): each token's value replaced by the mean over its segment, whose tokens stand in a row; 0 where ``mask``
+    is False."""
+    # Counted anew: where tokens were left out, the numbers may be larger than T.
+    index = torch.nn.functional.pad(segments.diff(dim=-1) != 0, (1, 0)).cumsum(-1)
     sums = torch.zeros_like(values).scatter_add(-1, index, values)
     counts = torch.zeros_like(values).scatter_add(-1, index, mask.to(values.dtype)).clamp(min=1)
     return torch.where(mask, (sums / counts).gather(-1, index), 0.0)

@@ -186,11 +186,13 @@ def validate_inputs(hidden: Tensor, head: LMHead, targets: Tensor, stats: tuple[
             f"hidden {tuple(hidden.shape)} must be targets' shape {tuple(targets.shape)} plus the hidden size "
             f"{head.hidden_size} of head.weight {tuple(head.weight.shape)}"
         )
-    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
-        raise ValueError(f"targets must be integer token ids, found {targets.dtype}")
-    devices = {str(tensor.device) for tensor in (hidden, head.weight, targets)}
-    if len(devices) > 1:
-        raise ValueError(f"hidden, head.weight and targets must be on one device, found {', '.join(sorted(devices))}")
+    if targets.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise ValueError(f"targets must be integer token ids (int8 to int64, uint8), found {targets.dtype}")
+    operands = {"hidden": hidden, "head.weight": head.weight, "head.bias": head.bias, "targets": targets}
+    devices = {name: str(operand.device) for name, operand in operands.items() if operand is not None}
+    if len({*devices.values()}) > 1:
+        found = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"hidden, head and targets must be on one device, found {found}")
     compiling = torch.compiler.is_compiling()  # which traces neither the context variable nor a look at values
     thorough = not compiling and _check_inputs.get()
     # Shards of a vocabulary are compared with the targets together, in vocab_parallel.py.

@@ -85,6 +85,10 @@ class _VocabularyParallel(torch.autograd.Function):
         rows = targets - vocab_start
         here = (rows >= 0) & (rows < len(weight)) & ~ignored
         rows = rows.where(here, 0)
+        # A rank whose rows a bias of −inf masks, all of them, has no softmax: its own operator ignores all tokens.
+        masked = torch.zeros_like(ignored)
+        if bias is not None and transform[1] is None:
+            masked = ~ignored & torch.isneginf(bias).all()
         names = ["logsumexp", *stats, *(["max_logprob"] if "is_top1" in stats else [])]
         needs = [grad_enabled and need for need in ctx.needs_input_grad[:3]]
         hidden, weight = hidden.detach().requires_grad_(needs[0]), weight.detach().requires_grad_(needs[1])
@@ -94,12 +98,18 @@ class _VocabularyParallel(torch.autograd.Function):
                 hidden,
                 weight,
                 bias,
-                rows.masked_fill(ignored, _IGNORED),
+                rows.masked_fill(ignored | masked, _IGNORED),
                 transform,
                 tuple(dict.fromkeys(names)),
                 options._replace(ignore_index=_IGNORED, seed=options.seed * ranks + rank),
                 backend,
             )
+        graph = local["logprobs"]
+        local |= {
+            name: local[name].detach().masked_fill(masked, -torch.inf)
+            for name in ("logprobs", "logsumexp", "mean_logit")
+            if name in local
+        }
         everyone = _exchange(local | {"here": here, "rows": torch.full_like(rows, len(weight))}, group)
         _check_targets(everyone["here"], targets, ignored)
         outputs, shifts = _combine(everyone)
@@ -107,14 +117,14 @@ class _VocabularyParallel(torch.autograd.Function):
         shift = shifts[rank]
         share = shift.exp()
         ctx.transform, ctx.group = transform, group
-        ctx.operands, ctx.local_logprobs = (hidden, weight, bias), local["logprobs"]
+        ctx.operands, ctx.local_logprobs = (hidden, weight, bias), graph
         ctx.save_for_backward(
             rows,
             here,
             ignored,
             share,
             torch.where(here, -torch.expm1(shift), -share),
-            local["logprobs"].detach() + local["logsumexp"],
+            local["logprobs"] + local["logsumexp"],
             outputs["logprobs"],
             outputs["logsumexp"],
         )
@@ -205,7 +215,8 @@ def _combine(everyone: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
     if "max_logprob" in everyone:
         outputs["max_logprob"] = (shift + everyone["max_logprob"]).amax(0)
     if "entropy" in everyone:
-        outputs["entropy"] = (shift.exp() * (everyone["entropy"] - shift)).sum(0)
+        # A masked rank has no share, and a shift of −inf.
+        outputs["entropy"] = (shift.exp() * (everyone["entropy"] - shift)).where(shift > -torch.inf, 0.0).sum(0)
     if "mean_logit" in everyone:
         outputs["mean_logit"] = (everyone["rows"] * everyone["mean_logit"]).sum(0) / everyone["rows"].sum(0)
     if "is_top1" in everyone:

@@ -61,6 +61,22 @@ def test_a_part_of_the_vocabulary_is_refused():
         pf.LMHead.from_model(model)
 
 
+def test_rows_that_pad_the_vocabulary_and_a_width_multiplier():
+    sizes = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 1, "sliding_window_size": 8, "d_rel": 4}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "rel_extent": 16}
+    heads |= {"swa_num_attention_heads": 2, "swa_num_key_value_heads": 2, "swa_head_dim": 16}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 24}
+    config = transformers.AutoConfig.for_model(
+        "inkling_text", vocab_size=48, unpadded_vocab_size=41, initializer_range=0.5, **sizes, **heads, **experts
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    ids = torch.arange(9)[None]
+    logprobs = pf.token_logprobs(model.model(ids).last_hidden_state, pf.LMHead.from_model(model), ids).logprobs
+    expected = model(ids).logits.log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
+    assert relative_error(logprobs, expected) < 1e-6
+    assert pf.LMHead.from_model(model).vocab_size == 41
+
+
 def test_a_frozen_head_keeps_the_unscaled_gradient_alone():
     model = peft.get_peft_model(make_causal_lm(3000), peft.LoraConfig(target_modules=["q_proj"]))
     head = pf.LMHead.from_model(model)

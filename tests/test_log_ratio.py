@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from conftest import make_problem, relative_error
@@ -53,6 +55,18 @@ def test_bad_input(device: str) -> None:
         token_log_ratio(hidden, head, hidden, head, targets, backend="triton")
     with pytest.raises(ValueError, match="hidden"):
         token_log_ratio(hidden, head, hidden[:3], head, targets, backend="triton")
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_bad_input_comes_before_any_work(backend: str, monkeypatch) -> None:
+    hidden, weight, targets = make_problem(6, 40, 16)
+    head, module = pf.LMHead(weight), importlib.import_module("prefopt_fast.log_ratio")
+    monkeypatch.setattr(module, "token_logprobs", None)
+    monkeypatch.setattr(module, "resolve_backend", None)
+    with pytest.raises(ValueError, match="hidden"):
+        token_log_ratio(hidden, head, hidden[:3], head, targets, backend=backend)
+    with pytest.raises(ValueError, match="cu_seqlens must rise"):
+        token_log_ratio(hidden, head, hidden, head, targets, torch.tensor([0, 4]), backend)
 
 
 def test_dtypes_as_in_token_logprobs(device: str) -> None:

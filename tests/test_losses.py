@@ -222,11 +222,37 @@ def test_wspo_gradcheck_and_independence(level):
     assert (grad[1:] == 0).all() and (grad[0] != 0).all()
 
 
+@pytest.mark.parametrize(("chosen", "rejected"), [(0.0, -2.0), (-2.0, 0.0), (0.0, 0.0)])
+def test_orpo_of_a_certain_response(chosen, rejected):
+    """Where log p is 0 to the last digit the odds are large, not infinite; the slope is the one beside it."""
+    pair = [sequences(value, length=1).sum.float().requires_grad_() for value in (chosen, rejected)]
+    length = torch.ones(1)
+    loss = pf.preference_loss(*(pf.SequenceLogprobs(x, x / length, length) for x in pair), loss_type="orpo")
+    grads = torch.autograd.grad(loss, pair)
+    eps = torch.finfo(torch.float32).eps
+    near = [min(value, -eps) for value in (chosen, rejected)]
+    odds_ratio = (near[0] - near[1]) - (math.log(-math.expm1(near[0])) - math.log(-math.expm1(near[1])))
+    assert float(loss) == pytest.approx(-near[0] + 0.1 * math.log1p(math.exp(-odds_ratio)), rel=1e-5, abs=1e-6)
+    slope = 0.1 * sigma(-odds_ratio)
+    expected = [-1 + slope / math.expm1(near[0]), -slope / math.expm1(near[1])]
+    assert [float(grad) for grad in grads] == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_reference_gets_no_gradient():
+    leaves = [torch.tensor([-4.0], requires_grad=True) for _ in range(4)]
+    assert [
+        grad is None for grad in torch.autograd.grad(pf.preference_loss(*leaves).sum(), leaves, allow_unused=True)
+    ] == [*(False, False, True, True)]
+
+
 def test_kto_by_hand():
     logprobs, ref = torch.tensor([-4.0, -9.0]), torch.tensor([-5.0, -7.0])
     loss = pf.kto_loss(logprobs, ref, torch.tensor([True, False]), kl=3.0, beta=0.5, undesirable_weight=2.0)
     expected = [1 - sigma(0.5 * 1.0 - 1.5), 2 * (1 - sigma(1.5 - 0.5 * -2.0))]
     assert loss.tolist() == pytest.approx(expected)
+    whole = pf.SequenceLogprobs(logprobs, logprobs / 2, torch.full((2,), 2))
+    same = pf.kto_loss(whole, ref, torch.tensor([True, False]), torch.tensor([3.0]), beta=0.5, undesirable_weight=2.0)
+    assert torch.equal(same, loss)
     negative_kl = pf.kto_loss(logprobs, ref, torch.tensor([True, False]), kl=-3.0, beta=0.5)
     assert negative_kl.tolist() == pytest.approx([1 - sigma(0.5), 1 - sigma(1.0)])
 
@@ -238,7 +264,7 @@ def test_kto_by_hand():
             lambda s, t: pf.preference_loss(s, s, s, s, loss_type="dpo"),
             "loss_type must be one of sigmoid, .*found 'dpo'",
         ),
-        (lambda s, t: pf.preference_loss(s, s, s, s, beta=0.0), "beta must be positive, found 0.0"),
+        (lambda s, t: pf.preference_loss(s, s, s, s, beta=0.0), r"beta must be in \(0, inf\), found 0.0"),
         (lambda s, t: pf.preference_loss(s, s), "sigmoid needs ref_chosen and ref_rejected"),
         (lambda s, t: pf.preference_loss(s, s, s, s, "simpo"), "simpo is reference-free"),
         (lambda s, t: pf.preference_loss(s, s, s, s, gamma=1.0), r"sigmoid takes label_smoothing; found \['gamma'\]"),
@@ -253,7 +279,7 @@ def test_kto_by_hand():
         (lambda s, t: pf.preference_loss(t, t, t, t, "ipo"), "length-normalised log-probs: pass chosen and rejected"),
         (
             lambda s, t: pf.preference_loss(s, s, s, sequences(-1.0)),
-            r"shapes must be equal, found chosen \(2,\), .*ref_rejected \(1,\)",
+            r"shapes must be equal, \(B,\); found chosen \(2,\), .*ref_rejected \(1,\)",
         ),
         (lambda s, t: pf.wpo_loss(s, s, s, s, torch.ones(2), torch.ones(3)), r"rejected_weight \(3,\)"),
         (
@@ -262,8 +288,27 @@ def test_kto_by_hand():
         ),
         (lambda s, t: pf.wspo_loss(*[torch.zeros(2, 3)] * 4, torch.ones(2, 4)), r"mask \(2, 4\)"),
         (lambda s, t: pf.wspo_loss(*[torch.zeros(2, 3)] * 4, torch.tensor([[1.0] * 3, [0.0] * 3])), r"sequences \[1\]"),
-        (lambda s, t: pf.wspo_loss(*[torch.zeros(2, 3)] * 4, torch.ones(2, 3), gamma=0), "gamma must be positive"),
+        (
+            lambda s, t: pf.wspo_loss(*[torch.zeros(2, 3)] * 4, torch.ones(2, 3), gamma=0),
+            r"gamma must be in \(0, inf\), found 0",
+        ),
+        (lambda s, t: pf.preference_loss(*[torch.zeros(2, 3)] * 4), r"\(B,\); found chosen \(2, 3\)"),
+        (
+            lambda s, t: pf.preference_loss(s, s, s, s, ["sigmoid"]),
+            r"loss_type must be a name or .*found \['sigmoid'\]",
+        ),
+        (lambda s, t: pf.preference_loss(s, s, s, s, beta=math.inf), r"beta must be in \(0, inf\), found inf"),
+        (lambda s, t: pf.preference_loss(s, s, s, s, "discopop", tau=0.0), r"tau must be in \(0, inf\), found 0.0"),
+        (lambda s, t: pf.preference_loss(s, s, loss_type="simpo", gamma=math.nan), "gamma must be in .*found nan"),
+        (lambda s, t: pf.preference_loss(s, s, loss_type="cpo", nll_weight=-1), r"nll_weight must be in \[0, inf\)"),
+        (
+            lambda s, t: pf.wspo_loss(*[torch.zeros(2, 3)] * 5, level="segment", segments=torch.zeros(2, 3)),
+            "segments must be integers, found torch.float32",
+        ),
         (lambda s, t: pf.kto_loss(t, t, torch.ones(3), 0.0), r"desirable \(3,\)"),
+        (lambda s, t: pf.kto_loss(t, t, torch.tensor([1, -1]), 0.0), "desirable must be boolean, found torch.int64"),
+        (lambda s, t: pf.kto_loss(t, t, t > 0, torch.ones(2, 1)), r"kl must be one number, found shape \(2, 1\)"),
+        (lambda s, t: pf.kto_loss(t, t, t > 0, 0.0, desirable_weight=-1.0), r"desirable_weight must be in \[0, inf\)"),
     ],
 )
 def test_bad_input_is_named(call, message):

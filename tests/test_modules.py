@@ -125,6 +125,23 @@ def test_wspo_against_full_logits(level: str) -> None:
         torch.testing.assert_close(again, ours[0])
 
 
+def test_segments_of_responses_whose_first_tokens_are_ignored() -> None:
+    """What is left of a row is shorter than its segments' numbers."""
+    hidden, head, targets = problem(2)
+    targets[0, :4], segments = -100, torch.tensor([[0, 0, 1, 2, 5, 6, 6]] * 2)
+    frozen = [-torch.rand(2, T) for _ in range(3)]
+    value, _ = pf.WSPOLoss(0.4, "segment")(hidden, head, targets, *frozen, segments=segments)
+    logprobs, _, mask = plain(hidden, head, targets)
+    expected = pf.wspo_loss(logprobs, *frozen, mask, 0.4, "segment", segments)
+    torch.testing.assert_close(value, expected.mean())
+
+
+@pytest.mark.parametrize("criterion", [pf.PreferenceLoss, pf.WPOLoss, pf.WSPOLoss])
+def test_modules_are_made_under_another_default_device(criterion: type[torch.nn.Module]) -> None:
+    with torch.device("meta"):
+        criterion()
+
+
 def test_an_inexact_gradient_draws_its_columns_with_torch() -> None:
     hidden, head, targets = problem()
     hidden, head = hidden.bfloat16().detach().requires_grad_(), pf.LMHead(head.weight.bfloat16())
@@ -151,7 +168,9 @@ def test_an_inexact_gradient_draws_its_columns_with_torch() -> None:
         (lambda h, w, t: pf.PreferenceLoss(gamma=1.0), r"sigmoid takes label_smoothing; found \['gamma'\]"),
         (lambda h, w, t: pf.PreferenceLoss(label_smoothing=0.7), "label_smoothing must be in"),
         (lambda h, w, t: pf.WPOLoss(alignment="best"), "alignment must be one of"),
+        (lambda h, w, t: pf.PreferenceLoss(sft_weight=float("nan")), "sft_weight must be in"),
         (lambda h, w, t: pf.WSPOLoss(level="word"), "level must be"),
+        (lambda h, w, t: pf.PreferenceLoss()(h, w, t * 0 - 100, torch.zeros(6)), "at least one scored token"),
         (lambda h, w, t: pf.WPOLoss()(h, w, t), "WPOLoss needs ref_logps"),
         (lambda h, w, t: pf.PreferenceLoss("orpo")(h, w, t, torch.zeros(6)), "is reference-free"),
         (lambda h, w, t: pf.PreferenceLoss()(h, w, t, torch.zeros(3)), r"ref_logps must be \(6,\), .*found \(3,\)"),

@@ -10,6 +10,7 @@ import torch
 from conftest import make_problem
 
 import prefopt_fast as pf
+from prefopt_fast.sequence_stats import segment_sum
 
 
 def stats_by_hand():
@@ -64,6 +65,24 @@ def test_packed_equals_padded():
         torch.testing.assert_close(pf.wpo_weights(packed, alignment, cu_seqlens), pf.wpo_weights(padded, alignment))
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_tokens_that_the_mask_leaves_out_count_nowhere(packed):
+    stats = pf.TokenStats(torch.tensor([[-1.0, -2.0, -3.0, -4.0]]), torch.tensor([[True, True, False, False]]))
+    if packed:
+        stats = pf.TokenStats(stats.logprobs[0], stats.mask[0])
+    total, mean, _ = pf.sequence_logprobs(stats, torch.tensor([0, 4]) if packed else None)
+    assert (total, mean) == (-3.0, -1.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("packed", [False, True])
+def test_sums_of_long_sequences_keep_their_digits(packed, dtype):
+    values = -torch.rand(1, 4000).to(dtype)
+    total = segment_sum(*(values[0], torch.tensor([0, 4000])) if packed else (values, None))
+    assert total.dtype == torch.float32
+    assert float(total) == pytest.approx(float(values.double().sum()), rel=1e-6)
+
+
 def test_gradient_reaches_the_tokens():
     logprobs = torch.randn(2, 3, requires_grad=True)
     mask = torch.tensor([[True, True, True], [True, True, False]])
@@ -84,6 +103,10 @@ def test_gradient_reaches_the_tokens():
         (
             lambda s: pf.sequence_logprobs(pf.TokenStats(s.logprobs[0], s.mask[0]), torch.tensor([0, 2])),
             r"rise from 0 to the 3 packed tokens, found \[0, 2\]",
+        ),
+        (
+            lambda s: pf.sequence_logprobs(pf.TokenStats(s.logprobs[0], s.mask[0]), torch.tensor([], dtype=torch.long)),
+            r"cu_seqlens must be \(B \+ 1,\) integers .*found cu_seqlens \(0,\)",
         ),
         (
             lambda s: pf.sequence_logprobs(pf.TokenStats(s.logprobs, s.mask & torch.tensor([[True], [False]]))),

@@ -617,7 +617,7 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     "options, error, message",
     [
-        ({"beta": 0.0}, ValueError, "beta must be positive, found 0"),
+        ({"beta": 0.0}, ValueError, r"beta must be in \(0, inf\), found 0"),
         ({"objective": "robust", "label_smoothing": 0.6}, ValueError, r"label_smoothing must be in \[0.0, 0.5\)"),
         ({"lr_scheduler_type": "steep"}, ValueError, "lr_scheduler_type must be one of linear, cosine, .*'steep'"),
         ({"model": "no/such/folder"}, FileNotFoundError, "no/such/folder"),

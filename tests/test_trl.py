@@ -378,7 +378,7 @@ def test_wspo_trains_adapters_and_evaluates(inputs: dict[str, Any], tmp_path: Pa
         (WPOConfig, {"grad_tolerance": 2.0}, "grad_tolerance must be"),
         (WPOConfig, {"backend": "cuda"}, "backend must be one of"),
         (WSPOConfig, {"level": "segment"}, "level must be"),
-        (WSPOConfig, {"gamma": 0.0}, "gamma must be positive"),
+        (WSPOConfig, {"gamma": 0.0}, r"gamma must be in \(0, inf\), found 0"),
         (WSPOConfig, {"precompute_ref_log_probs": False}, "precompute_ref_log_probs"),
         (WSPOConfig, {"loss_type": "hinge"}, "loss_type"),
         (WSPOConfig, {"discopop_tau": 0.1}, "discopop_tau"),
