@@ -184,7 +184,7 @@ def _halves(stats: TokenStats, cu_seqlens: Tensor, frozen: Mapping[str, Tensor])
     policy = sequence_logprobs(stats, cu_seqlens)
     ref = frozen.get("ref")
     if ref is not None and ref.shape != policy.sum.shape:
-        ref = segment_sum(ref, cu_seqlens)
+        ref = sequence_logprobs(TokenStats(ref, stats.mask), cu_seqlens).sum  # as the policy's: equal tokens, reward 0
     chosen, rejected = map(_Response, policy.chunk(2), (None, None) if ref is None else ref.chunk(2))
     return chosen, rejected
 

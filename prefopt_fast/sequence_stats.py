@@ -90,18 +90,16 @@ def segment_sum(
 ) -> Tensor:
     """(B,) sums over each sequence's tokens, at least fp32; booleans are counted."""
     _check_layout(values, cu_seqlens)
-    if not values.is_floating_point():
-        dtype = wide = torch.int64
-    else:
-        dtype = torch.promote_types(values.dtype, torch.float32)
-        # index_add sums one by one: of thousands of tokens fp32 would lose digits, and 16 bits everything.
-        wide = torch.float64 if values.device.type in ("cpu", "cuda") else dtype
-    values = values.to(wide)
+    real = values.is_floating_point()
+    dtype = torch.promote_types(values.dtype, torch.float32) if real else torch.int64
     if cu_seqlens is None:
-        return values.sum(-1).to(dtype)
+        return values.sum(-1, dtype=dtype)
+    # index_add sums one by one: of thousands of tokens fp32 would lose digits, and 16 bits everything.
+    wide = torch.float64 if real and values.device.type in ("cpu", "cuda") else dtype
     positions = torch.arange(len(values), device=values.device)
     sequence = torch.searchsorted(cu_seqlens[1:], positions, right=True)
-    return values.new_zeros(len(cu_seqlens) - 1).index_add(0, sequence, values).to(dtype)
+    sums = torch.zeros(len(cu_seqlens) - 1, dtype=wide, device=values.device)
+    return sums.index_add(0, sequence, values.to(wide)).to(dtype)
 
 
 def unpack(

@@ -371,6 +371,28 @@ def test_reference_scored_in_the_precision_of_training(inputs: dict[str, str], t
     assert values[torch.bfloat16] < 1e-6 < 1e-5 < values[None]
 
 
+def test_predictions_stay_out_of_the_next_evaluation(
+    inputs: dict[str, str], pairs: datasets.Dataset, tmp_path: Path
+) -> None:
+    trainer = PreferenceTrainer(
+        load_model(inputs["model"]), arguments(tmp_path), eval_dataset=pairs.select(range(3)), loss=pf.PreferenceLoss()
+    )
+    before = trainer.evaluate()
+    trainer.predict(pairs)
+    after = trainer.evaluate()
+    assert before["eval_rewards/margins"] == after["eval_rewards/margins"] != 0.0
+
+
+def test_streams_do_not_know_their_columns(inputs: dict[str, str], pairs: datasets.Dataset, tmp_path: Path) -> None:
+    stream = datasets.IterableDataset.from_generator(lambda: iter(pairs))
+    assert stream.column_names is None
+    trainer = PreferenceTrainer(
+        load_model(inputs["model"]), arguments(tmp_path, max_steps=1), train_dataset=stream, loss=pf.PreferenceLoss()
+    )
+    trainer.train()
+    assert len(losses(trainer)) == 1
+
+
 def test_bad_options_are_named(inputs: dict[str, str], pairs: datasets.Dataset, tmp_path: Path) -> None:
     model = load_model(inputs["model"])
 
@@ -401,6 +423,12 @@ def test_bad_options_are_named(inputs: dict[str, str], pairs: datasets.Dataset, 
         PairCollator(0, ("chosen",))([pairs[0] | {"ref_chosen_logps": [-1.0, -2.0]}])
     with pytest.raises(ValueError, match=r"train_dataset lacks ref_chosen_logps: .*add_ref_logps"):
         build(pf.WPOLoss(), pairs.remove_columns("ref_chosen_logps"))
+    bare = pairs.remove_columns("ref_chosen_logps")
+    trainer = PreferenceTrainer(model, arguments(tmp_path), train_dataset=pairs, loss=pf.WPOLoss())
+    with pytest.raises(ValueError, match="eval_dataset lacks ref_chosen_logps"):
+        trainer.evaluate(bare)
+    with pytest.raises(ValueError, match="test_dataset lacks ref_chosen_logps"):
+        trainer.predict(bare)
     with pytest.raises(ValueError, match="train_dataset lacks chosen_ids"):
         build(pf.PreferenceLoss("simpo"), pairs.remove_columns("chosen_ids"))
     config = transformers.GPT2Config(vocab_size=40, n_embd=8, n_layer=1, n_head=1)

@@ -358,6 +358,48 @@ def test_wspo_trains_adapters_and_evaluates(inputs: dict[str, Any], tmp_path: Pa
     assert trainer.evaluate(inputs["rows"])["eval_loss"] == pytest.approx(losses[1], rel=ROUNDING)
 
 
+@pytest.mark.parametrize("algorithm", ["WPO", "WPO precomputed", "WSPO"])
+def test_a_policy_is_its_own_reference_in_bf16(algorithm: str, inputs: dict[str, Any], tmp_path: Path) -> None:
+    """Both by our head, which does not round logits to bf16 as DPOTrainer's does."""
+    args = options(tmp_path, bf16=True, learning_rate=0.0)
+    if algorithm == "WSPO":
+        trainer: Any = WSPOTrainer(
+            inputs["model"], args=WSPOConfig(**args), train_dataset=inputs["rows"], **weak_models(inputs)
+        )
+    else:
+        config = WPOConfig(**args, precompute_ref_log_probs=algorithm == "WPO precomputed")
+        trainer = WPOTrainer(inputs["model"], args=config, train_dataset=inputs["rows"])
+    found, _ = run(trainer)
+    assert abs(found["wspo/log_ratio" if algorithm == "WSPO" else "rewards/chosen"]) < 1e-6
+
+
+def test_wpo_compiled(inputs: dict[str, Any], tmp_path: Path) -> None:
+    more = {"torch_compile": True, "torch_compile_backend": "eager"}
+    trainer = WPOTrainer(inputs["model"], args=WPOConfig(**options(tmp_path, **more)), train_dataset=inputs["rows"])
+    found, _ = run(trainer)
+    expected, _ = run(WPOTrainer(inputs["model"], args=WPOConfig(**options(tmp_path)), train_dataset=inputs["rows"]))
+    assert found["loss"] == pytest.approx(expected["loss"], rel=ROUNDING)
+
+
+def test_a_reference_that_fsdp_shards(inputs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of it nothing but the whole forward runs: packing is known from the policy, which is of its kind."""
+
+    def shard(accelerator: Any, model: Any, **_: Any) -> Any:
+        def refuse(*_: Any) -> None:
+            assert inside, "the backbone alone meets sharded parameters"
+
+        model.model.register_forward_pre_hook(refuse)
+        model.register_forward_pre_hook(lambda *_: inside.append(True))
+        return model
+
+    inside: list[bool] = []
+    monkeypatch.setattr("accelerate.Accelerator.prepare_model", shard)
+    args = WPOConfig(**options(tmp_path))
+    reference = load_model(inputs["aligned"])
+    trainer = WPOTrainer(inputs["model"], reference, args, train_dataset=inputs["rows"])
+    assert trainer.ref_model is reference
+
+
 # ---- what cannot be
 
 

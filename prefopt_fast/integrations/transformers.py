@@ -302,22 +302,40 @@ class PreferenceTrainer(transformers.Trainer):
             raise ValueError(f"loss must be a PreferenceLoss, WPOLoss or WSPOLoss, found {type(self.loss).__name__}")
         if getattr(self.loss, "level", None) == "segment":
             raise ValueError('WSPO at level "segment" needs both tokenizers\' segments: prefopt-fast train has them')
-        by_token = len(objective.responses) == 1
-        frozen = [f"{name}_{response}_logps" for name in objective.frozen for response in objective.responses]
-        wanted = {f"{response}_ids" for response in objective.responses}.union(frozen)
-        source = "add_token_logps" if by_token else "add_ref_logps"
         for name in ("train_dataset", "eval_dataset"):
             split = getattr(self, name)
             for part in split.values() if isinstance(split, dict) else [split]:
-                if missing := sorted(wanted - set(getattr(part, "column_names", wanted))):
-                    raise ValueError(
-                        f"{name} lacks {', '.join(missing)}: rows come from prefopt_fast.batch.encode, and the frozen "
-                        f"models' columns from {source}"
-                    )
-                features = getattr(part, "features", None) or {}
-                if by_token and any(isinstance(features.get(column), datasets.Value) for column in frozen):
-                    raise ValueError(f"{name} holds sums of log-probs: WSPO needs those of tokens, from {source}")
+                self._check_columns(name, part)
         return objective
+
+    def _check_columns(self, name: str, split: Any) -> None:
+        objective = self.loss.objective
+        by_token = len(objective.responses) == 1
+        frozen = [f"{model}_{response}_logps" for model in objective.frozen for response in objective.responses]
+        wanted = {f"{response}_ids" for response in objective.responses}.union(frozen)
+        source = "add_token_logps" if by_token else "add_ref_logps"
+        # A stream may not know its columns.
+        if missing := sorted(wanted - set(getattr(split, "column_names", None) or wanted)):
+            raise ValueError(
+                f"{name} lacks {', '.join(missing)}: rows come from prefopt_fast.batch.encode, and the frozen models' "
+                f"columns from {source}"
+            )
+        features = getattr(split, "features", None) or {}
+        if by_token and any(isinstance(features.get(column), datasets.Value) for column in frozen):
+            raise ValueError(f"{name} holds sums of log-probs: WSPO needs those of tokens, from {source}")
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        if not isinstance(eval_dataset, str):  # the name of a split that was checked
+            self._check_columns("eval_dataset", eval_dataset)
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        self._check_columns("test_dataset", test_dataset)
+        return super().get_test_dataloader(test_dataset)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._sums["eval"] = Sums()  # predict, which logs nothing, leaves its own behind
+        return super().evaluation_loop(*args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)

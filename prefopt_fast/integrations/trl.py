@@ -321,6 +321,7 @@ class _Trainer(DPOTrainer):
     model: Any
     processing_class: Any
     _signature_columns: Any
+    _fused = False
 
     def __init__(self, model: Any, ref_model: Any = None, args: _Config | None = None, **kwargs: Any):
         args = self._resolve_args(model, args)
@@ -328,12 +329,22 @@ class _Trainer(DPOTrainer):
         if self._is_vision_dataset or self.aux_loss_enabled:
             found = "images in the dataset" if self._is_vision_dataset else "a router loss (router_aux_loss_coef)"
             raise ValueError(f"{type(self).__name__} trains on text and without a router loss; found {found}")
+        self._fuse_heads()
+
+    def _fuse_heads(self) -> None:
+        """Once, before anything is scored: to DPOTrainer's head a policy is not quite its own reference."""
+        if self._fused:
+            return
+        self._fused = True
         _require_one_device(model=self.model, ref_model=self.ref_model)
         verify_head(self.model, check_tokens(self.model))
-        sides = len(self._responses)
-        _add_fast_head(self.model, ("entropy", "mean_logit", "is_top1", *self._loss_stats()), args, sides)
+        sides, packs = len(self._responses), verify_packing(self.model)
+        _add_fast_head(self.model, ("entropy", "mean_logit", "is_top1", *self._loss_stats()), self.args, sides, packs)
         if self.ref_model is not None:
-            _add_fast_head(self.accelerator.unwrap_model(self.ref_model), (), args, sides)
+            ref = self.accelerator.unwrap_model(self.ref_model)
+            # FSDP has sharded it already: nothing but its whole forward runs, and its kind says as much.
+            packs = packs if _kind(ref) == _kind(self.model) else verify_packing(ref)
+            _add_fast_head(ref, (), self.args, sides, packs)
 
     @classmethod
     def _resolve_args(cls, model: Any, args: Any) -> Any:
@@ -404,13 +415,18 @@ class _Trainer(DPOTrainer):
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
 
 
-def _add_fast_head(model: Any, stats: tuple[str, ...], args: _Config, sides: int) -> None:
+def _kind(model: Any) -> tuple[type, str]:
+    """What decides whether a model packs: see verify_packing. FSDP derives a class of its own."""
+    model = model.get_base_model() if is_peft_model(model) else model
+    return model.config.__class__, model.config._attn_implementation
+
+
+def _add_fast_head(model: Any, stats: tuple[str, ...], args: _Config, sides: int, packs: bool) -> None:
     """Make ``model(..., labels=labels, fused_lm_head=True)`` return statistics (S, T - 1) of labels[:, 1:].
 
     TRL's add_fused_lm_head by our operator: inside the model's forward, so that wrappers' hooks see its parameters.
-    Without padding where the model can do that, and with what the ``sides`` of a pair share computed once.
+    Where the model ``packs``, without padding, and with what the ``sides`` of a pair share computed once.
     """
-    packs = verify_packing(model)  # raises for prompt-learning adapters
     model = model.get_base_model() if is_peft_model(model) else model
     forward, seeds = model.forward, itertools.count()
 
@@ -472,7 +488,7 @@ class WPOTrainer(_Trainer):
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         if set(self._frozen_inputs) <= set(dataset.column_names or ()):
             return dataset
-        _require_one_device(model=self.model, ref_model=self.ref_model)
+        self._fuse_heads()
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def _loss(self, stats: TokenStats, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -480,7 +496,8 @@ class WPOTrainer(_Trainer):
         if self.precompute_ref_logps:
             ref_chosen, ref_rejected = (inputs[name] for name in self._frozen_inputs)
         else:
-            ref_chosen, ref_rejected = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+            ref_model = self.model if self.ref_model is None else self.ref_model
+            ref_chosen, ref_rejected = self.compute_ref_log_probs(ref_model, inputs)
         chosen, rejected = sequence_logprobs(stats).chunk(2)
         chosen_weight, rejected_weight = wpo_weights(stats, args.alignment).chunk(2)
         loss = wpo_loss(chosen, rejected, ref_chosen, ref_rejected, chosen_weight, rejected_weight, **args.loss_options)
@@ -613,7 +630,7 @@ class WSPOTrainer(_Trainer):
         stores = {frozen: path for frozen in missing if (path := getattr(self.args, f"{frozen}_logprobs"))}
         if stores and name != "train":
             raise ValueError(f"{', '.join(stores)}_logprobs hold the training data alone: the {name} data needs models")
-        _require_one_device(model=self.model, ref_model=self.ref_model)
+        self._fuse_heads()
         for frozen in set(missing) - set(stores) - {"ref"}:
             self._require_vocabulary(frozen)
         for frozen in missing:
@@ -655,13 +672,13 @@ class WSPOTrainer(_Trainer):
         return [store[row, "chosen"].tolist() for row in encoded["row"]]
 
     def _score(self, frozen: str, dataset: Any, name: str, batch_size: int) -> list[list[float]]:
-        model: Any = self.ref_model or self.model
+        model: Any = self.model if self.ref_model is None else self.ref_model
         if frozen != "ref":
             model = self._weak_models[frozen]
             if isinstance(model, str):
                 model = load_model(model, self.model.dtype, self.args.trust_remote_code)
             model = model.to(self.accelerator.device).eval()
-            _add_fast_head(model, (), self.args, len(self._responses))
+            _add_fast_head(model, (), self.args, len(self._responses), verify_packing(model))
         loader = self.accelerator.prepare(DataLoader(dataset, batch_size, collate_fn=self.data_collator))
         rows: list[list[float]] = []
         for batch in tqdm(loader, desc=f"Scoring the {name} data with {frozen}"):
