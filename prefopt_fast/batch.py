@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
@@ -33,6 +35,7 @@ _SHAREGPT_ROLES = {
     "observation": "tool",
 }
 _PROBE = "\uffff"  # a text of one character that no real text holds
+_TEMPLATE_END = 8  # tokens at a prompt's end that a template may change without a warning
 _ENCODE_ROWS = 256  # rows tokenized by one call of the tokenizer, which spreads them over its threads
 
 Message = dict[str, Any]
@@ -95,7 +98,11 @@ def normalize(row: Mapping[str, Any], index: int, responses: Sequence[str] = RES
     Understood are TRL's formats (an explicit prompt, or one that is the common beginning of the responses; text or
     messages; the columns ``tools`` and ``chat_template_kwargs``) and ShareGPT ranking ("conversations", with chosen and
     rejected as one message each; the columns ``system`` and ``tools``). A message is {"role", "content"} or
-    {"from", "value"} with ShareGPT's roles.
+    {"from", "value"} with ShareGPT's roles. A prompt of text before messages that begin with the assistant's answer is
+    the user's turn.
+
+    Fields that are None are left out, however deep in messages, tools and ``chat_template_kwargs``: Arrow gives all
+    rows of a column the union of their fields.
 
     Args:
         row: a row of the dataset.
@@ -106,9 +113,10 @@ def normalize(row: Mapping[str, Any], index: int, responses: Sequence[str] = RES
         ValueError: naming the row, for a field that is missing or of an unknown form.
     """
     sharegpt = row.get("conversations") is not None
+    answered = isinstance(row.get("prompt"), str) and all(_is_answer(row.get(name)) for name in responses)
     # UltraFeedback and others repeat as text a prompt that also begins both lists of messages: TRL's rule is to trust
     # the messages then.
-    repeated = isinstance(row.get("prompt"), str) and not isinstance(row.get(responses[0]), str | None)
+    repeated = isinstance(row.get("prompt"), str) and not answered and not isinstance(row.get(responses[0]), str | None)
     implicit = not sharegpt and (row.get("prompt") is None or repeated)
     names = RESPONSES if implicit else tuple(responses)
     if missing := [name for name in names if row.get(name) is None]:
@@ -119,7 +127,7 @@ def normalize(row: Mapping[str, Any], index: int, responses: Sequence[str] = RES
         )
     fields: dict[str, Text] = {name: _text_or_messages(row[name], f"row {index}, {name}") for name in names}
     if implicit:
-        fields = _split_prompt(fields["chosen"], fields["rejected"], index)
+        fields = _split_prompt(fields["chosen"], fields["rejected"], index, repeated)
     elif sharegpt:
         prompt = _text_or_messages(row["conversations"], f"row {index}, conversations")
         if isinstance(prompt, str):
@@ -129,15 +137,17 @@ def normalize(row: Mapping[str, Any], index: int, responses: Sequence[str] = RES
         # The format's responses are messages even where a file has them as bare text.
         fields = {k: [{"role": "assistant", "content": v}] if isinstance(v, str) else v for k, v in fields.items()}
         fields["prompt"] = prompt
+    elif answered:
+        fields["prompt"] = [{"role": "user", "content": row["prompt"]}]
     else:
         fields["prompt"] = _text_or_messages(row["prompt"], f"row {index}, prompt")
     fields = {name: fields[name] for name in ("prompt", *responses)}
     if len({isinstance(value, str) for value in fields.values()}) > 1:
         kinds = ", ".join(f"{k} {'text' if isinstance(v, str) else 'messages'}" for k, v in fields.items())
         raise ValueError(f"row {index}: prompt and responses must all be text or all messages, found {kinds}")
-    template_kwargs = dict(row.get("chat_template_kwargs") or {})
-    if tools := row.get("tools"):
-        template_kwargs["tools"] = json.loads(tools) if isinstance(tools, str) else tools
+    template_kwargs = dict(_without_none(row.get("chat_template_kwargs") or {}))
+    if tools := row.get("tools"):  # as text they never were Arrow's: what is null there is meant
+        template_kwargs["tools"] = json.loads(tools) if isinstance(tools, str) else _without_none(tools)
     return {**fields, "template_kwargs": template_kwargs}
 
 
@@ -152,10 +162,9 @@ def _text_or_messages(value: Any, where: str) -> Text:
 
 
 def _message(message: Mapping[str, Any], where: str) -> Message:
-    # Arrow gives every message of a column the union of their fields, None where a message lacks one.
-    message = {name: value for name, value in message.items() if value is not None}
+    message = _without_none(message)
     if "role" in message:
-        return message
+        return dict(message)
     if message.get("from") not in _SHAREGPT_ROLES or "value" not in message:
         raise ValueError(
             f'{where}: a message must have "role" and "content", or "value" and "from" (one of '
@@ -164,13 +173,37 @@ def _message(message: Mapping[str, Any], where: str) -> Message:
     return {"role": _SHAREGPT_ROLES[message["from"]], "content": message["value"]}
 
 
-def _split_prompt(chosen: Text, rejected: Text, index: int) -> dict[str, Text]:
-    """The common beginning as the prompt, and what follows it: TRL's rule for an implicit prompt."""
+def _without_none(value: Any) -> Any:
+    """Without the fields that are None; items of lists stay, since Arrow adds none."""
+    if isinstance(value, Mapping):
+        return {name: _without_none(item) for name, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
+
+
+def _is_answer(value: Any) -> bool:
+    """Whether this is messages, or a message, of which the assistant's comes first."""
+    first = value[0] if isinstance(value, list) and value else value
+    if not isinstance(first, Mapping):
+        return False
+    return (first.get("role") or _SHAREGPT_ROLES.get(first.get("from", ""))) == "assistant"
+
+
+def _split_prompt(chosen: Text, rejected: Text, index: int, repeated: bool) -> dict[str, Text]:
+    """The common beginning as the prompt, and what follows it: TRL's rule for an implicit prompt.
+
+    repeated: there is a prompt too, as text.
+    """
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise ValueError(f"row {index}: chosen and rejected must both be text or both messages")
     # One unit at least stays a response, also where one of the two begins the other.
     shortest = min(len(chosen), len(rejected)) - 1
     cut = next((i for i in range(shortest) if chosen[i] != rejected[i]), max(shortest, 0))
+    if cut <= 0 and not isinstance(chosen, str) and repeated:
+        raise ValueError(
+            f"row {index}: beside a prompt of text, chosen and rejected must be text, or messages that both begin with "
+            f"the assistant's answer, or both with the same other message; found first messages "
+            f"{chosen[0]!r:.80} and {rejected[0]!r:.80}"
+        )
     if cut <= 0 and not isinstance(chosen, str):
         raise ValueError(f"row {index} has no prompt, and its chosen and rejected begin with different messages")
     if isinstance(chosen, str) and cut > 0 and chosen[cut - 1] == " ":
@@ -179,12 +212,38 @@ def _split_prompt(chosen: Text, rejected: Text, index: int) -> dict[str, Text]:
 
 
 @dataclass(frozen=True)
+class Divergence:
+    """How a row's prompt ends otherwise before its response than alone.
+
+    tokens: at the end of the prompt alone, from where they differ. alone: their text. instead: of as many tokens in
+    their place, the first of the response.
+    """
+
+    tokens: int
+    row: int
+    alone: str
+    instead: str
+
+    @classmethod
+    def of(cls, alone: list[int], responses: list[list[int]], tokenizer: Any, row: int) -> Divergence:
+        instead = next(ids for ids in responses if ids[:1] != alone[:1])[: len(alone)]
+        return cls(len(alone), row, tokenizer.decode(alone), tokenizer.decode(instead))
+
+    def __str__(self) -> str:
+        return (
+            f"up to {self.tokens} tokens, in row {self.row}, where the prompt's end is {self.alone!r:.120} alone, and "
+            f"the response begins with {self.instead!r:.120}"
+        )
+
+
+@dataclass(frozen=True)
 class EncodeReport:
     """What :func:`encode` did to a dataset; printed, it is one line.
 
     rows: rows given; kept: rows encoded; dropped: rows left without a response token.
     prompts_cut, responses_cut: kept rows whose prompt, or either response, lost tokens to ``max_length``.
-    diverged: rows whose tokenized prompt does not begin the tokenized conversation (see encode).
+    diverged: rows whose tokenized prompt does not begin the tokenized conversation (see encode); furthest: of how many
+    tokens most, and in which row, with their text and that of as many tokens in their place, which begin its response.
     max_length, truncation_side: as given. longest: tokens of the longest kept sequence. tokens: response tokens kept.
     """
 
@@ -198,6 +257,7 @@ class EncodeReport:
     truncation_side: str
     longest: int
     tokens: int
+    furthest: Divergence | None = None
 
     def __str__(self) -> str:
         line = f"{self.kept} of {self.rows} rows, {self.tokens:,} response tokens, longest sequence {self.longest}"
@@ -208,8 +268,8 @@ class EncodeReport:
             )
         elif self.dropped:
             line += f"; {self.dropped} rows dropped without a response token"
-        if self.diverged:
-            line += f"; {self.diverged} prompts tokenize differently alone than before their response"
+        if self.furthest:
+            line += f"; {self.diverged} prompts tokenize differently alone than before their response: {self.furthest}"
         return line
 
 
@@ -227,7 +287,9 @@ def encode(
     Messages go through the tokenizer's chat template, text is followed by the EOS token. As in TRL, prompt and response
     are tokenized together and the response begins where the result leaves the tokenized prompt: usually right after
     it, earlier where the template or a merge across the boundary changes the prompt's end (``diverged`` counts these
-    rows; that end of the prompt is then no part of the sequence). A leading BOS survives every cut, and stands for an
+    rows; that end of the prompt is then no part of the sequence). A template may change its own end of a prompt, with a
+    warning if it is long; a row in which it changes what precedes the end of the prompt's last message is refused,
+    since the words from there on would be trained as response. A leading BOS survives every cut, and stands for an
     empty prompt (EOS where there is no BOS): a response's first token needs a position that predicts it.
 
     Args:
@@ -246,8 +308,9 @@ def encode(
             around it.
 
     Raises:
-        ValueError: an argument or a row that does not fit, or no row left; for ``boundaries``, a tokenizer without
-            character offsets or a template that changes the text of a response.
+        ValueError: an argument or a row that does not fit, or no row left; a chat template under which words of a
+            prompt become response; for ``boundaries``, a tokenizer without character offsets or a template that changes
+            the text of a response.
     """
     if truncation_side not in TRUNCATION_SIDES:
         raise ValueError(f"truncation_side must be one of {', '.join(TRUNCATION_SIDES)}; found {truncation_side!r}")
@@ -261,6 +324,7 @@ def encode(
     columns = ["row", "prompt_ids", *(f"{name}_ids" for name in responses)]
     lists = [*columns[1:], *(f"{name}_boundaries" for name in boundaries)]
     schema = pa.schema([("row", pa.int64()), *((name, pa.list_(pa.int32())) for name in lists)])
+    furthest: Divergence | None = None
     tables, counts = [], dict.fromkeys(("dropped", "prompts_cut", "responses_cut", "diverged", "longest", "tokens"), 0)
     for start in range(0, len(dataset), _ENCODE_ROWS):
         rows = range(start, min(start + _ENCODE_ROWS, len(dataset)))
@@ -271,7 +335,18 @@ def encode(
             row, prompt = rows[i], ids[0]
             ids = _split_sequences(prompt, ids[1:])
             start = len(ids[0])
-            counts["diverged"] += start < len(prompt)
+            if start < len(prompt):
+                counts["diverged"] += 1
+                divergence = Divergence.of(prompt[start:], ids[1:], tokenizer, row)
+                if _changes_words(fields[i], rendered[i][1], divergence.tokens, tokenizer):
+                    raise ValueError(
+                        f"row {row}: {divergence.tokens} tokens of the prompt change before a response, so that words "
+                        f"of its messages would be trained as response: the chat template ends the prompt with "
+                        f"{divergence.alone!r:.200} alone, and goes on with {divergence.instead!r:.200} before a "
+                        "response; expected a template that changes at most what follows the prompt's last message "
+                        "(one that shows the system message in a last user turn alone needs its text in that turn)"
+                    )
+                furthest = max(furthest or divergence, divergence, key=lambda found: found.tokens)
             ids = _nonempty_prompt(ids, tokenizer, row)
             kept = ids if max_length is None else _truncate(ids, max_length, truncation_side, tokenizer.bos_token_id)
             if not all(kept):
@@ -295,10 +370,17 @@ def encode(
         kept=len(dataset) - counts["dropped"],
         max_length=max_length,
         truncation_side=truncation_side,
+        furthest=furthest,
         **counts,
     )
     if not report.kept:
         raise ValueError(f"no row keeps a response token ({report})")
+    if furthest is not None and furthest.tokens > _TEMPLATE_END:
+        warnings.warn(
+            f"{counts['diverged']} prompts tokenize differently alone than before their response: {furthest}. What "
+            "the response begins with is trained: is it the template's?",
+            stacklevel=2,
+        )
     return datasets.Dataset(pa.concat_tables(tables)), report
 
 
@@ -324,6 +406,30 @@ def _render(fields: dict[str, Any], tokenizer: Any, row: int) -> tuple[bool, lis
 def _apply_template(tokenizer: Any, fields: dict[str, Any], messages: list[Message], opening: bool = False) -> str:
     kwargs = fields["template_kwargs"]
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opening, **kwargs)
+
+
+def _changes_words(fields: dict[str, Any], texts: list[str], tokens: int, tokenizer: Any) -> bool:
+    """Whether the prompt alone leaves a conversation before the end of its last message's text.
+
+    What follows that text is the template's, which may end a prompt in its own way (with "<think>", say). What precedes
+    it are somebody's words, and would be trained as response.
+
+    tokens: at the end of the prompt alone, which the conversation does not have.
+    """
+    prompt, alone = fields["prompt"], texts[0]
+    if isinstance(prompt, str) or all(text.startswith(alone) for text in texts):
+        return False  # tokens merged across the boundary, of a text that is the same
+    start = bisect_left(
+        range(len(alone)), True, key=lambda i: not all(text.startswith(alone[: i + 1]) for text in texts)
+    )
+    content = prompt[-1].get("content")
+    probe = _PROBE if isinstance(content, str) else [{"type": "text", "text": _PROBE}]
+    try:
+        other = _apply_template(tokenizer, fields, [*prompt[:-1], prompt[-1] | {"content": probe}], opening=True)
+    except (jinja2.TemplateError, TypeError):  # nothing tells the template's end from the words
+        return tokens > _TEMPLATE_END
+    end = len(alone) - _common_length(alone[::-1], other[::-1])
+    return bool(alone[start:end].strip())
 
 
 def _text_spans(fields: dict[str, Any], response: str, text: str, tokenizer: Any, row: int) -> list[tuple[int, int]]:

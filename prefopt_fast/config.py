@@ -47,7 +47,9 @@ class ModelOptions:
 
     model: str = _required("Folder or hub id of the causal language model.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
-        "Dtype of the weights; 'auto' is the checkpoint's own.", "float32"
+        "Dtype of the weights; 'auto' is the checkpoint's own. In training one of 16 bits is for LoRA: bf16 or fp16 "
+        "compute in 16 bits and keep updates in 32.",
+        "float32",
     )
     attn_implementation: str | None = _option("Attention of transformers: 'sdpa', 'eager', 'flash_attention_2', …")
     trust_remote_code: bool = _option("Run Python code that a hub repository ships.", False)
@@ -255,6 +257,7 @@ class TrainConfig(ModelOptions, DataOptions, ObjectiveOptions, LoraOptions, Comp
             "save_steps": 0,
             "learning_rate": 0,
             "weight_decay": 0,
+            "adam_epsilon": 0,
             "max_grad_norm": 0,
             "sft_weight": 0,
         } | {name: 1 for name in ("eval_steps", "save_total_limit") if getattr(self, name) is not None}
@@ -267,6 +270,11 @@ class TrainConfig(ModelOptions, DataOptions, ObjectiveOptions, LoraOptions, Comp
             )
         if not 0 <= self.warmup_ratio <= 1:
             raise ValueError(f"warmup_ratio must be in [0, 1], found {self.warmup_ratio}")
+        if self.warmup_ratio and self.lr_scheduler_type == "constant":
+            raise ValueError("lr_scheduler_type constant has no warm-up, constant_with_warmup has")
+        for name in ("adam_beta1", "adam_beta2", "lora_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), found {getattr(self, name)}")
         if self.test_split_size is not None and not 0 < self.test_split_size < 1:
             raise ValueError(f"test_split_size must be in (0, 1), found {self.test_split_size}")
         if self.test_split_size is not None and self.eval_dataset:

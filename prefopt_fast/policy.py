@@ -21,6 +21,10 @@ from .token_stats import TokenStats, token_logprobs
 _CHECK_TOKENS = 16  # positions on which verify_head compares logits
 _CHECK_WINDOW = 4  # and what verify_packing lets attention see of them where its window is limited
 _WINDOWS = ("sliding_window", "attention_chunk_size")  # what transformers calls that limit
+# And beginnings of what it calls how many tokens or blocks an indexer lets a query see, through the mask alone:
+# DeepSeek-V3.2 and those after it, MiniMax-M3, Qwen4-Exp.
+_INDEXERS = ("index_topk", "indexer_budget")
+_POSITION_LIMITS = ("max_position_embeddings", "n_positions")
 
 
 class ResponseStats(NamedTuple):
@@ -62,13 +66,18 @@ class ResponseModel(nn.Module):
         self.temperature = temperature
         self.seed = seed
         self._packs: bool | None = None  # not known before the first batch
+        self._positions = position_limit(model)
 
     def forward(self, batch: ResponseBatch, stats: tuple[str, ...] = ()) -> ResponseStats:
         """Log-probs, and the statistics named in ``stats``, of the batch's response tokens.
 
         The first call verifies the head, see :func:`verify_head`, and whether sequences need padding, see
         :func:`verify_packing`.
+
+        Raises:
+            ValueError: sequences longer than the model has positions for.
         """
+        _require_positions(self.model, batch.input_ids.shape[1], self._positions)
         if self._packs is None:
             verify_head(self.model, batch.input_ids[:1, :_CHECK_TOKENS])
             self._packs = verify_packing(self.model)
@@ -98,7 +107,15 @@ def hidden_states(
 
     packs: leave padding out, and compute what sequence s has in common with sequence s mod ``pairs`` once; see
     :func:`verify_packing`.
+
+    Raises:
+        ValueError: a model in DistributedDataParallel, which would not see this forward pass.
     """
+    if torch.is_grad_enabled() and isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            "model must not be a DistributedDataParallel, which averages gradients of its own forward alone: wrap "
+            "ResponseModel(model), and call that with the batch"
+        )
     backbone = find_backbone(model)
     if not packs:
         output = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
@@ -130,6 +147,48 @@ def find_backbone(model: nn.Module) -> nn.Module:
         name = type(causal_lm).__name__
         raise ValueError(f"{name} has no backbone apart from a head: a causal language model is needed")
     return backbone
+
+
+def position_limit(model: nn.Module) -> int | None:
+    """Tokens of the longest sequence that the model's table of positions serves; None where positions have no table.
+
+    A table is known by its name and by having as many rows as the configuration says, beyond those that OPT and its
+    like leave unused at its beginning: a vision tower's, or one that grows, is none.
+    """
+    backbone = find_backbone(model)
+    config: Any = getattr(backbone, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    if getattr(config, "model_type", None) == "mpt":
+        return config.max_seq_len  # rows of its table of ALiBi's biases, which is made anew in each forward pass
+    sizes = {size for name in _POSITION_LIMITS if isinstance(size := getattr(config, name, None), int)}
+    for module in backbone.modules():
+        for name, table in (*module.named_children(), *module.named_buffers(recurse=False)):
+            rows = None
+            if isinstance(table, nn.Embedding):  # whose weight may be sharded
+                rows = table.num_embeddings - getattr(table, "offset", 0)
+            elif isinstance(table, Tensor) and table.ndim == 2:
+                rows = len(table)
+            if rows in sizes and ("pos" in name or name == "wpe"):
+                return rows
+    return None
+
+
+def require_positions(model: nn.Module, longest: int) -> None:
+    """Raise ValueError where a sequence of ``longest`` tokens is longer than the model has positions for.
+
+    Beyond its table of positions a model fails in the middle of a forward pass: with a bare IndexError on CPUs, and
+    losing the device's context on GPUs. Positions that are computed, as rotary ones, have no such end.
+    """
+    _require_positions(model, longest, position_limit(model))
+
+
+def _require_positions(model: nn.Module, longest: int, limit: int | None) -> None:
+    if limit is not None and longest > limit:
+        raise ValueError(
+            f"max_length must be at most {limit} with {type(model).__name__}, which has that many positions; found a "
+            f"sequence of {longest} tokens"
+        )
 
 
 def check_tokens(model: nn.Module) -> Tensor:
@@ -179,10 +238,11 @@ def verify_packing(model: nn.Module) -> bool:
     """Whether the backbone computes packed sequences as padded ones: compared on two that share a beginning.
 
     A model whose layers look at neighbours by other means than an attention known to packing.py is found here, and so
-    is one whose windows are in the mask alone, which packing leaves out; their batches are padded.
+    is one whose windows are in the mask alone, which packing leaves out; their batches are padded. So are those of
+    sparse attention, whose choice of tokens is in the mask too: a few tokens are all chosen.
     """
     backbone = find_backbone(model)
-    if not packable(backbone):
+    if not packable(backbone) or _chooses_tokens(backbone):
         return False
     ids = check_tokens(model)
     other = torch.cat([ids[:, : -(ids.shape[1] // 2)], ids.flip(1)], 1)
@@ -220,11 +280,26 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def _attributes(backbone: nn.Module) -> list[dict[str, Any]]:
+    """Of every module, and of every configuration that a module has."""
+    holders = [holder for module in backbone.modules() for holder in (module, getattr(module, "config", None))]
+    return list({id(holder): getattr(holder, "__dict__", {}) for holder in holders}.values())
+
+
+def _chooses_tokens(backbone: nn.Module) -> bool:
+    """Whether an indexer chooses the tokens that a query attends to."""
+    # Not by a comparison with a few of them chosen, as for windows: each family derives its own fields from these.
+    return any(
+        name.startswith(_INDEXERS) and isinstance(value, int)
+        for each in _attributes(backbone)
+        for name, value in each.items()
+    )
+
+
 @contextlib.contextmanager
 def _short_windows(backbone: nn.Module) -> Iterator[None]:
     """Windows of attention so short that a few tokens tell whether they are kept; afterwards as they were."""
-    holders = [holder for module in backbone.modules() for holder in (module, getattr(module, "config", None))]
-    found = {id(holder): getattr(holder, "__dict__", {}) for holder in holders}.values()
+    found = _attributes(backbone)
     windows = [(each, name, each[name]) for each in found for name in _WINDOWS if isinstance(each.get(name), int)]
     for each, name, window in windows:
         each[name] = min(window, _CHECK_WINDOW)

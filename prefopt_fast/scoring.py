@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .batch import RESPONSES, ResponseBatch, collate, hub_name
-from .policy import ResponseModel, is_adapter, require_safetensors
+from .policy import ResponseModel, is_adapter, require_positions, require_safetensors
 
 _PLAN, _STORE = "plan.json", "store.json"
 # A shard is what a killed run loses at most, and one memory map of an open store.
@@ -156,7 +156,8 @@ def score(
 
     Raises:
         ValueError: ``out`` holds something else, or a store of another key or settings (saying which); ``key`` is of
-            other data than ``encoded``; log-probs that are not finite.
+            other data than ``encoded``; sequences longer than the model has positions for; log-probs that are not
+            finite.
         RuntimeError: another process is writing to ``out``.
     """
     if batch_size < 1:
@@ -172,6 +173,9 @@ def score(
         "shards": len(shards),
     }
     out = Path(out)
+    if not LogprobStore.finished(out):
+        longest = encoded[shards[0][0][0]]
+        require_positions(model, len(longest["prompt_ids"]) + max(len(longest[f"{name}_ids"]) for name in responses))
     out.mkdir(parents=True, exist_ok=True)
     with _locked(out):
         _begin(out, plan)

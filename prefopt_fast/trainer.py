@@ -13,6 +13,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from accelerate import Accelerator, DistributedType
 from accelerate.utils import DistributedDataParallelKwargs, gather_object, set_seed
 from torch import nn
 from tqdm import tqdm
-from transformers import SchedulerType, get_scheduler
+from transformers import AutoConfig, AutoModelForCausalLM, SchedulerType, get_scheduler
 
 from . import checkpoint
 from .batch import RESPONSES, add_sample_weights, align, collate, encode, load_preferences
@@ -34,7 +35,7 @@ from .config import FROZEN_MODELS, TrainConfig
 from .frozen import FrozenLogprobs, SegmentIds, scored, spread_mean, stored
 from .metrics import EVAL, HEAD, MetricsLog, Sums, draw_curves, peak_memory, summarize
 from .objectives import Objective, make_objective
-from .policy import ResponseModel, is_adapter, load_model, load_tokenizer
+from .policy import ResponseModel, is_adapter, load_model, load_tokenizer, position_limit, require_positions
 from .scoring import LogprobStore, StoreKey, data_digest, model_digest
 from .token_stats import GradReport, TokenStats
 
@@ -121,6 +122,7 @@ def train(config: TrainConfig) -> Path:
         ValueError, FileNotFoundError: options, models, data or stores that do not fit, or an ``output_dir`` that holds
             another run: before any work.
         Interrupted: SIGINT or SIGTERM, to any of the processes; a checkpoint was written.
+        FloatingPointError: a loss or gradient that is not finite; nothing is saved of it.
         ModuleNotFoundError: TensorBoard is to be written and is not installed.
     """
     objective = make_objective(config)
@@ -134,6 +136,8 @@ def train(config: TrainConfig) -> Path:
     if is_adapter(config.model):
         raise ValueError(f"{config.model} is a PEFT adapter: merge it into its base to train on from it")
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
+    if config.use_peft:
+        _require_adapters(config)
     weak_tokenizer = _weak_tokenizer(config, tokenizer)
     if config.level == "segment" and weak_tokenizer is None:
         objective = make_objective(dataclasses.replace(config, level="token"))  # each token is a segment
@@ -224,6 +228,9 @@ class Loop:
         resumed = checkpoint.latest_checkpoint(self.output_dir)
         set_seed(config.seed)  # the adapters' initialization, the same in all processes
         self.policy = _build_policy(config, resumed)
+        if position_limit(self.policy) is not None:
+            splits = [split.encoded for split in (training, evaluation) if split is not None]
+            require_positions(self.policy, max(_length(row) for rows in splits for row in rows))
         self.response_model = ResponseModel(self.policy, config.head_tolerance, config.backend)
         optimizer = _build_optimizer(config, self.policy)
         self.scheduler = get_scheduler(
@@ -231,6 +238,13 @@ class Loop:
         )
         self.model, self.optimizer = accelerator.prepare(self.response_model, optimizer)
         self.step, self.sums, self.seconds = 0, Sums(), 0.0
+        self.norms = torch.zeros((), device=accelerator.device)  # of gradients, summed: one that is not finite stays
+        narrow = {str(p.dtype) for p in self.policy.parameters() if p.requires_grad and p.dtype.itemsize == 2}
+        if narrow:
+            accelerator.print(
+                f"note: weights in {', '.join(sorted(narrow))} lose updates below half of their last digit, at a "
+                f"learning rate of {config.learning_rate:g} maybe most: dtype float32 with bf16 keeps them"
+            )
         set_seed(config.seed, device_specific=True)  # dropout
         if resumed is not None:
             self._restore(resumed)
@@ -263,6 +277,8 @@ class Loop:
                 self.seconds += time.perf_counter() - start
                 if logs:
                     self._log(log, bar, used)
+                if logs or evaluates or saves:
+                    self._require_finite_gradients()
                 if evaluates:
                     self._evaluate(log)
                 if saves:
@@ -302,11 +318,20 @@ class Loop:
             if mine:
                 self.sums.add(metrics | _head_metrics(stats.grad_report, loss))
         grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm or math.inf)
+        if accelerator.scaler is None:  # which leaves out steps whose gradients overflow
+            self.norms += grad_norm
         self.optimizer.step()
         if not accelerator.optimizer_step_was_skipped:
             self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         return grad_norm
+
+    def _require_finite_gradients(self) -> None:
+        if not math.isfinite(float(self.norms)):
+            raise FloatingPointError(
+                f"a gradient up to step {self.step} is not finite, and nothing was saved since: lower learning_rate, "
+                "or train in a wider dtype"
+            )
 
     def _anywhere(self, flag: bool) -> bool:
         """Whether ``flag`` is set in any process: they all have to do the same after the same step."""
@@ -427,7 +452,10 @@ class Loop:
         self.policy.save_pretrained(partial)
         self.tokenizer.save_pretrained(partial)
         for path in sorted(partial.iterdir(), key=lambda path: (path.suffix == ".safetensors", path.name)):
-            checkpoint.publish(path, self.output_dir / path.name)
+            final = self.output_dir / path.name
+            if final.is_dir():  # from a run that was killed here, of the same files
+                shutil.rmtree(final)
+            checkpoint.publish(path, final)
         partial.rmdir()
         if self.config.merge_adapter and not (self.output_dir / MERGED).exists():
             _save_merged(self.policy, self.tokenizer, self.output_dir)
@@ -566,20 +594,54 @@ def _build_policy(config: TrainConfig, resumed: Path | None) -> Any:
         # transformers 5.23 renames the method.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    if not config.use_peft:
-        return model
-    if resumed is not None:
-        return _load_adapter(model, resumed)
+    if config.use_peft:
+        return _add_adapters(config, model) if resumed is None else _load_adapter(model, resumed)
+    for name in _other_modalities(model):
+        model.get_submodule(name).requires_grad_(False)
+    return model
+
+
+def _other_modalities(model: Any) -> list[str]:
+    """Modules of a multimodal model that text does not go through. They stay as they are: they get no gradient, for
+    which DistributedDataParallel would wait."""
+    if model.config.get_text_config() is model.config:
+        return []
+    text = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
+    inside = {module for part in text for module in part.modules()}
+    return [name for name, module in model.named_modules() if inside.isdisjoint(module.modules())]
+
+
+def _add_adapters(config: TrainConfig, model: Any) -> Any:
     from peft import LoraConfig, get_peft_model
 
+    targets = config.lora_target_modules or ["all-linear"]
     lora = LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=config.lora_target_modules or "all-linear",
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        exclude_modules=_other_modalities(model) or None,
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, lora)
+
+
+def _require_adapters(config: TrainConfig) -> None:
+    """Raise ValueError for adapters that the model cannot have, on a model without weights."""
+    trust = config.trust_remote_code
+    model_config = AutoConfig.from_pretrained(config.model, trust_remote_code=trust)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust)
+    try:
+        policy = _add_adapters(config, model)
+    except ValueError as error:
+        raise ValueError(f"lora_target_modules {config.lora_target_modules}: {error}") from error
+    tied = model_config.get_text_config().tie_word_embeddings
+    if config.merge_adapter and tied and hasattr(policy.get_output_embeddings(), "base_layer"):
+        raise ValueError(
+            "merge_adapter would add the output embedding's adapter to the input embedding, to which it is tied: leave "
+            "it out of lora_target_modules, or keep the adapter apart"
+        )
 
 
 def _load_policy(config: TrainConfig, source: str) -> Any:

@@ -59,6 +59,8 @@ def words(tokenizer: Any, ids: list[int]) -> str:
         {"prompt": [USER], "chosen": ANSWER, "rejected": WORSE},
         {"chosen": [USER, ANSWER], "rejected": [USER, WORSE]},
         {"prompt": "w1", "chosen": [USER, ANSWER], "rejected": [USER, WORSE]},
+        {"prompt": "w1", "chosen": [ANSWER], "rejected": [WORSE]},
+        {"prompt": "w1", "chosen": ANSWER, "rejected": {"from": "gpt", "value": "w3"}},
         {
             "conversations": [{"from": "human", "value": "w1"}],
             "chosen": {"from": "gpt", "value": "w2"},
@@ -67,10 +69,52 @@ def words(tokenizer: Any, ids: list[int]) -> str:
         {"conversations": [{"from": "human", "value": "w1"}], "chosen": "w2", "rejected": "w3"},
         {"prompt": [USER | {"tool_calls": None}], "chosen": [ANSWER], "rejected": [WORSE], "conversations": None},
     ],
-    ids=["messages", "one message", "implicit", "prompt repeated", "sharegpt", "sharegpt text", "arrow's empty fields"],
+    ids=[
+        "messages",
+        "one message",
+        "implicit",
+        "prompt repeated",
+        "text prompt",
+        "text prompt of one message",
+        "sharegpt",
+        "sharegpt text",
+        "arrow's empty fields",
+    ],
 )
 def test_every_format_of_messages_is_one(row: dict) -> None:
     assert normalize(row, 0) == {"prompt": [USER], "chosen": [ANSWER], "rejected": [WORSE], "template_kwargs": {}}
+
+
+def test_a_text_prompt_before_answers_alone_needs_no_rejected() -> None:
+    # Also where the answers begin alike: the user's turn is before all of them.
+    long = [ANSWER, USER, ANSWER]
+    for row in ({"prompt": "w1", "chosen": long}, {"prompt": "w1", "chosen": long, "rejected": [ANSWER, USER, WORSE]}):
+        fields = normalize(row, 0, ("chosen",))
+        assert fields == {"prompt": [USER], "chosen": long, "template_kwargs": {}}
+
+
+def test_no_row_has_the_fields_of_others(tmp_path: Path) -> None:
+    def row(name: str, arguments: dict, **kwargs: Any) -> dict:
+        call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+        properties = {key: {"type": "string"} for key in arguments}
+        return {
+            "prompt": [USER],
+            "chosen": [{"role": "assistant", "content": "", "tool_calls": [call]}],
+            "rejected": [WORSE],
+            "tools": [{"type": "function", "function": {"name": name, "parameters": {"properties": properties}}}],
+            "chat_template_kwargs": kwargs,
+        }
+
+    rows = [row("weather", {"city": "w1", "days": [1, None]}, think=True), row("add", {"x": "w2"}, effort="low")]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    loaded = load_preferences(str(tmp_path / "rows.parquet"))
+    assert loaded[1]["chosen"][0]["tool_calls"][0]["function"]["arguments"]["city"] is None  # or this tests nothing
+    for i, expected in enumerate(rows):
+        fields = normalize(loaded[i], i)
+        assert fields["chosen"] == expected["chosen"] and fields["prompt"] == expected["prompt"]
+        assert fields["template_kwargs"] == {"tools": expected["tools"], **expected["chat_template_kwargs"]}
+    meant = '[{"name": "t", "default": null}]'
+    assert normalize(PAIR | {"tools": meant}, 0)["template_kwargs"]["tools"] == json.loads(meant)
 
 
 def test_sharegpt_roles_system_and_tools() -> None:
@@ -111,6 +155,10 @@ def test_an_implicit_text_prompt_is_the_common_beginning(chosen: str, rejected: 
         ({"conversations": [{"from": "alien", "value": "v"}], "chosen": "c", "rejected": "r"}, "row 7, .*'alien'"),
         ({"conversations": "text", "chosen": "c", "rejected": "r"}, "row 7, conversations: .* found text"),
         ({"chosen": [ANSWER], "rejected": [WORSE]}, "row 7 has no prompt"),
+        (
+            {"prompt": "p", "chosen": [USER, ANSWER], "rejected": [WORSE]},
+            "row 7: beside a prompt of text, .* found first messages .*'user'.* and .*'assistant'",
+        ),
         ({"chosen": [ANSWER], "rejected": "r"}, "row 7: chosen and rejected must both be text or both messages"),
     ],
 )
@@ -150,7 +198,64 @@ def test_a_prompt_that_changes_before_its_response_is_cut_and_counted(tokenizer:
     tokenizer.chat_template = TEMPLATE.replace("'<assistant> '", "'<assistant> <tool>'")  # in the prompt alone
     encoded, report = encode_rows([{"prompt": [USER], "chosen": [ANSWER], "rejected": [WORSE]}], tokenizer)
     assert words(tokenizer, encoded[0]["prompt_ids"]) == "<user> w1 <end> <assistant>"
-    assert report.diverged == 1 and "1 prompts tokenize differently" in str(report)
+    assert report.diverged == 1 and report.furthest.tokens == 1
+    assert "1 prompts tokenize differently" in str(report)
+    assert (
+        "up to 1 tokens, in row 0, where the prompt's end is '<tool>' alone, and the response begins with 'w2'"
+        in str(report)
+    )
+
+
+@pytest.mark.parametrize("pairs", [1, 300])
+def test_a_long_end_of_the_templates_is_warned_of(pairs: int, tokenizer: Any, recwarn: Any) -> None:
+    row = {"prompt": [USER], "chosen": [ANSWER], "rejected": [WORSE]}
+    for tokens in (8, 9):
+        tokenizer.chat_template = TEMPLATE.replace("'<assistant> '", repr("<assistant> " + "<tool> " * tokens))
+        recwarn.clear()
+        _, report = encode_rows([row] * pairs, tokenizer)
+        assert report.furthest.tokens == tokens and report.diverged == pairs
+        warned = [str(warning.message) for warning in recwarn if warning.category is UserWarning]
+        assert len(warned) == (tokens > 8)
+    assert f"{pairs} prompts" in warned[0] and "in row 0" in warned[0] and "<tool> <tool>" in warned[0]
+
+
+# What a prompt ends with alone, or that only a last turn of the user shows the system message, as in Mistral's.
+LAST_TURN_SHOWS_SYSTEM = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}<user> "
+    "{% if loop.last and messages[0]['role'] == 'system' %}{{ messages[0]['content'] + ' ' }}{% endif %}"
+    "{{ m['content'] }} <end> {% elif m['role'] == 'assistant' %}{{ m['content'] + ' <end> ' }}{% endif %}{% endfor %}"
+)
+
+
+def test_words_of_a_prompt_never_become_response(tokenizer: Any) -> None:
+    tokenizer.chat_template = LAST_TURN_SHOWS_SYSTEM
+    good = {"prompt": [USER], "chosen": [ANSWER], "rejected": [WORSE]}
+    assert encode_rows([good], tokenizer)[1].diverged == 0
+    bad = good | {"prompt": [{"role": "system", "content": "w9"}, USER]}
+    with pytest.raises(ValueError, match=r"row 1: 3 tokens of .*'w9 w1 <end>' alone, .* with 'w1 <end> w2'"):
+        encode_rows([good, bad], tokenizer)
+    # And in parts, as multimodal templates have it.
+    tokenizer.chat_template = LAST_TURN_SHOWS_SYSTEM.replace("['content']", "['content'][0]['text']")
+    bad, good = (
+        {k: [m | {"content": [{"type": "text", "text": m["content"]}]} for m in v] for k, v in row.items()}
+        for row in (bad, good)
+    )
+    with pytest.raises(ValueError, match="row 1: 3 tokens of the prompt"):
+        encode_rows([good, bad], tokenizer)
+
+
+def test_a_template_that_takes_no_other_text_may_change_a_few_tokens(tokenizer: Any) -> None:
+    """Nothing tells then where the prompt's words end."""
+    for tokens in (8, 9):
+        tokenizer.chat_template = TEMPLATE.replace("'<assistant> '", repr("<assistant> " + "<tool> " * tokens)).replace(
+            "m['role'] == 'refused'", "m['content'] not in ('w1', 'w2', 'w3')"
+        )
+        rows = [{"prompt": [USER], "chosen": [ANSWER], "rejected": [WORSE]}]
+        if tokens == 8:
+            assert encode_rows(rows, tokenizer)[1].furthest.tokens == 8
+        else:
+            with pytest.raises(ValueError, match="row 0: 9 tokens of the prompt"):
+                encode_rows(rows, tokenizer)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ PADDED_FAMILIES = {
     "gemma2",  # transformers gives it the attention "eager", for its soft cap
     "recurrent_gemma",  # recurrences and convolutions
     "falcon_h1",  # a state space beside attention
+    "mpt",  # ALiBi
 }
 
 
@@ -111,6 +112,26 @@ def test_windows_in_the_mask_alone_are_not_packed(model_type: str, options: dict
     assert verify_packing(model) is packs
     assert windows == [vars(module).get("sliding_window") for module in model.modules()]
     assert all(getattr(model.config, name) == value for name, value in options.items() if "window" in name)
+
+
+@pytest.mark.parametrize(
+    "model_type, options",
+    [
+        ("deepseek_v32", {"index_topk": 32, "q_lora_rank": 8, "kv_lora_rank": 8, "first_k_dense_replace": 2}),
+        ("minimax_m3_vl_text", {"index_topk_blocks": 4, "layer_types": ["full_attention", "minimax_m3_sparse"]}),
+    ],
+)
+def test_sparse_attention_is_not_packed(model_type: str, options: dict[str, Any]) -> None:
+    heads = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 2}
+    indexer = {"index_n_heads": 2, "index_head_dim": 16, "index_block_size": 8, "index_local_blocks": 1}
+    experts = {"num_local_experts": 2, "n_routed_experts": 2, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1}
+    model = make_hybrid(model_type, **heads | indexer | experts | options)
+    assert not verify_packing(model)
+    # And rightly: what a few tokens do not show, since all of them are chosen, many do.
+    ids = torch.randint(3, VOCAB, (1, 120))
+    everywhere = torch.arange(120)
+    packed, padded = (hidden_states(model, ids, torch.ones_like(ids), everywhere, packs, 1) for packs in (True, False))
+    assert relative_error(packed, padded) > 1e-3
 
 
 def test_equal_responses_and_single_tokens() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import datasets
 import peft
 import pytest
 import tiny
@@ -15,7 +16,17 @@ from torch import Tensor, nn
 
 import prefopt_fast as pf
 from prefopt_fast.batch import ResponseBatch, collate
-from prefopt_fast.policy import ResponseModel, find_backbone, load_model, load_tokenizer, verify_head
+from prefopt_fast.policy import (
+    ResponseModel,
+    find_backbone,
+    hidden_states,
+    load_model,
+    load_tokenizer,
+    position_limit,
+    require_positions,
+    verify_head,
+)
+from prefopt_fast.scoring import StoreKey, data_digest, score
 from prefopt_fast.sequence_stats import unpack
 
 VOCAB, HIDDEN = 41, 16
@@ -44,6 +55,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "hyperclovax": ("hyperclovax", {"logits_scaling": 4.0}),  # Granite's name, and a factor instead of a divisor
     "recurrent_gemma": ("recurrent_gemma", {"logits_soft_cap": 3.0, "block_types": ["recurrent", "attention"]}),
     "falcon_h1": ("falcon_h1", {"lm_head_multiplier": 0.25, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8}),
+    "mpt": ("mpt", {"d_model": HIDDEN, "n_heads": 2, "n_layers": 1, "max_seq_len": 32, "logit_scale": 0.5}),
     "gpt2": ("gpt2", {"n_embd": HIDDEN, "n_layer": 2, "n_head": 2, "n_positions": 64}),
     "phi, with bias": ("phi", {"num_key_value_heads": 2, "tie_word_embeddings": False}),
 }
@@ -193,6 +205,73 @@ def test_verification_keeps_modes_and_random_state() -> None:
     verify_head(model, make_batch().input_ids[:1])
     assert modes == [module.training for module in model.modules()]
     assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    "model_type, options",
+    [
+        ("gpt2", {"n_embd": HIDDEN, "n_layer": 1, "n_head": 2, "n_positions": 30}),
+        ("opt", {"ffn_dim": 24, "max_position_embeddings": 30, "word_embed_proj_dim": HIDDEN}),  # two rows are unused
+        ("gptj", {"n_embd": HIDDEN, "n_layer": 1, "n_head": 2, "n_positions": 30, "rotary_dim": 4}),  # a buffer
+        ("ctrl", {"n_embd": HIDDEN, "n_layer": 1, "n_head": 2, "n_positions": 30, "dff": 24}),
+        ("mpt", {"d_model": HIDDEN, "n_heads": 2, "n_layers": 1, "max_seq_len": 30}),  # a table of biases
+        ("llama", {"max_position_embeddings": 30}),
+        ("gpt_neox", {"max_position_embeddings": 30}),
+        ("bloom", {"n_layer": 1, "n_head": 2}),
+        ("xglm", {"d_model": HIDDEN, "attention_heads": 2, "num_layers": 1, "max_position_embeddings": 30}),  # it grows
+    ],
+)
+def test_sequences_beyond_a_table_of_positions_are_refused(model_type: str, options: dict[str, Any]) -> None:
+    options = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "num_attention_heads": 2, "num_hidden_layers": 1} | options
+    config_type = transformers.CONFIG_MAPPING[model_type]
+    known = {name: value for name, value in options.items() if hasattr(config_type(), name)}
+    model = transformers.AutoModelForCausalLM.from_config(config_type(**known)).eval()
+
+    def batch(tokens: int) -> ResponseBatch:
+        ids = list(range(3, 3 + tokens))
+        return collate([{"row": 0, "prompt_ids": ids[:2], "chosen_ids": ids[2:], "rejected_ids": ids[2:5]}])
+
+    ResponseModel(model)(batch(30))
+    if model_type in ("llama", "gpt_neox", "bloom", "xglm"):
+        assert position_limit(model) is None
+        ResponseModel(model)(batch(31))
+        return
+    assert position_limit(model) == 30
+    with pytest.raises(Exception):  # noqa: B017  (families fail in their own ways)
+        model(batch(31).input_ids)
+    for refuse in (lambda: ResponseModel(model)(batch(31)), lambda: require_positions(model, 31)):
+        with pytest.raises(
+            ValueError, match=r"max_length must be at most 30 with \w+, .*found a sequence of 31 tokens"
+        ):
+            refuse()
+    require_positions(model, 30)
+
+
+def test_sequences_beyond_a_table_are_refused_before_anything_is_scored(tmp_path: Path) -> None:
+    rows = [{"row": 0, "prompt_ids": [3] * 60, "chosen_ids": [3] * 5, "rejected_ids": [3]}]
+    encoded = datasets.Dataset.from_list(rows)
+    key = StoreKey("model", "tokenizer", data_digest(encoded), "none")
+    with pytest.raises(ValueError, match=r"max_length must be at most 64 with GPT2LMHeadModel.*found a sequence of 65"):
+        score(make("gpt2"), encoded, key, tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_wrapper_whose_forward_would_not_run_is_refused() -> None:
+    class Wrapper(nn.parallel.DistributedDataParallel):
+        def __init__(self, module: nn.Module):
+            nn.Module.__init__(self)
+            self.module = module
+
+    batch, model = make_batch(), Wrapper(make("llama"))
+    arguments = (batch.input_ids, batch.attention_mask, batch.positions, True, 3)
+    with pytest.raises(ValueError, match=r"model must not be a DistributedDataParallel.*ResponseModel\(model\)"):
+        hidden_states(model, *arguments)
+    with torch.no_grad():
+        hidden_states(model, *arguments)
+
+
+def test_a_table_of_positions_is_found_through_adapters() -> None:
+    assert position_limit(peft.get_peft_model(make("gpt2"), peft.LoraConfig(target_modules=["c_attn"]))) == 64
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

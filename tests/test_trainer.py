@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -447,7 +448,7 @@ def test_a_run_without_a_step_may_be_changed(
 def test_adapter_and_merged_model(inputs: dict[str, str], tmp_path: Path) -> None:
     output = tmp_path / "out"
     options = {"use_peft": True, "lora_r": 2, "learning_rate": 1e-2, "max_steps": 3}
-    lines = run(inputs, output, **options, merge_adapter=True)
+    lines = run(inputs, output, **options, merge_adapter=True, lora_target_modules=["all-linear"])
     assert lines[0]["rewards/margins"] == pytest.approx(0.0, abs=1e-6)  # the base is the reference
     assert json.loads((output / "adapter_config.json").read_text())["r"] == 2
     ids = torch.arange(2, 12)[None]
@@ -563,8 +564,74 @@ def test_interrupt_leaves_a_checkpoint(inputs: dict[str, str], tmp_path: Path, m
 
 
 def test_nan_stops_the_run(inputs: dict[str, str], tmp_path: Path) -> None:
-    with pytest.raises(FloatingPointError, match="the loss is nan at step"):
+    with pytest.raises(FloatingPointError, match=r"the loss is nan at step|a gradient up to step \d is not finite"):
         run(inputs, tmp_path / "out", learning_rate=1e30, max_steps=3, max_grad_norm=0.0)
+
+
+@pytest.mark.parametrize("at", [2, 3])
+def test_a_gradient_that_is_not_finite_is_never_saved(
+    at: int, inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss is finite; the last checkpoint before stays, and so it is at the last step."""
+    forward = trainer.Loop._forward
+
+    def spiked(loop: trainer.Loop, *operands: Any) -> Any:
+        loss, metrics, stats = forward(loop, *operands)
+        if loop.step == at:
+            loss = loss + (loss - loss.detach()).abs().sqrt()  # adds 0, of infinite slope
+        return loss, metrics, stats
+
+    options = {"max_steps": 4, "save_steps": 1, "save_total_limit": 1, "logging_steps": 10}
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Loop, "_forward", spiked)
+        with pytest.raises(FloatingPointError, match=f"a gradient up to step {at + 1} is not finite"):
+            run(inputs, tmp_path / "out", **options)
+    (last,) = (tmp_path / "out").glob("checkpoint-*")
+    assert last.name == f"checkpoint-{at}"
+    assert all(weight.isfinite().all() for weight in tiny.read_weights(last).values())
+    assert run(inputs, tmp_path / "out", **options)[-1]["step"] == 4
+
+
+def test_folders_of_the_finished_model_are_published_again(
+    inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tokenizer of several chat templates has a folder of them, there already where a kill came late."""
+    model = shutil.copytree(inputs["model"], tmp_path / "model")
+    tokenizer = load_tokenizer(str(model))
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(model)
+    options = {"max_steps": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.checkpoint, "mark_finished", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(inputs | {"model": str(model)}, tmp_path / "out", **options)
+    assert (tmp_path / "out" / "additional_chat_templates").is_dir()
+    run(inputs | {"model": str(model)}, tmp_path / "out", **options)
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["finished"]
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_what_text_does_not_go_through_stays(adapters: bool, tmp_path: Path) -> None:
+    """Of a multimodal model; DistributedDataParallel would wait for its gradients."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    text = {**sizes, "vocab_size": 40, "num_hidden_layers": 2, "num_key_value_heads": 1, "head_dim": 8}
+    vision = {**sizes, "num_hidden_layers": 1, "image_size": 28, "patch_size": 14}
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    transformers.Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path)
+    options = {"model": str(tmp_path), "dataset": "d", "output_dir": "o", "objective": "dpo", "use_peft": adapters}
+    policy = trainer._build_policy(TrainConfig(**options), None)
+    policy(torch.arange(3, 15)[None]).logits.sum().backward()
+    trained = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, parameter in policy.named_parameters() if parameter.grad is not None}
+    assert any("language_model" in name for name in trained) and not any("vision" in name for name in trained)
+
+
+def test_training_in_16_bits_is_remarked_on(
+    inputs: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for peft in (False, True):  # adapters are kept in float32
+        run(inputs, tmp_path / str(peft), max_steps=1, dtype="bfloat16", use_peft=peft)
+        assert ("weights in torch.bfloat16 lose updates" in capsys.readouterr().out) != peft
 
 
 def test_tensorboard_and_curves(inputs: dict[str, str], tmp_path: Path) -> None:
@@ -607,6 +674,9 @@ def test_missing_tensorboard_is_found_first(
         ({"merge_adapter": True}, r"merge_adapter needs use_peft"),
         ({"lora_r": 4, "lora_target_modules": ["q_proj"]}, r"lora_r, lora_target_modules needs use_peft"),
         ({"eval_split": "test"}, r"eval_split needs eval_dataset"),
+        ({"adam_beta1": 1.5}, r"adam_beta1 must be in \[0, 1\), found 1.5"),
+        ({"use_peft": True, "lora_dropout": 1.0}, r"lora_dropout must be in \[0, 1\), found 1.0"),
+        ({"lr_scheduler_type": "constant", "warmup_ratio": 0.1}, "constant has no warm-up, constant_with_warmup has"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:
@@ -618,12 +688,18 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
     "options, error, message",
     [
         ({"beta": 0.0}, ValueError, r"beta must be in \(0, inf\), found 0"),
-        ({"objective": "robust", "label_smoothing": 0.6}, ValueError, r"label_smoothing must be in \[0.0, 0.5\)"),
+        ({"objective": "robust", "label_smoothing": 0.6}, ValueError, r"label_smoothing must be in \[0, 0.5\)"),
         ({"lr_scheduler_type": "steep"}, ValueError, "lr_scheduler_type must be one of linear, cosine, .*'steep'"),
         ({"model": "no/such/folder"}, FileNotFoundError, "no/such/folder"),
         ({"ref_model": "no/such/folder"}, FileNotFoundError, "no/such/folder"),
         ({"dataset": "pairs.csv.json"}, FileNotFoundError, "pairs.csv.json"),
         ({"test_split_size": 0.99}, ValueError, "leaves none of 10 pairs for training"),
+        ({"use_peft": True, "lora_target_modules": ["q"]}, ValueError, r"lora_target_modules \['q'\]: .*not found"),
+        (
+            {"use_peft": True, "lora_target_modules": ["q_proj", "lm_head"], "merge_adapter": True},
+            ValueError,
+            "to which it is tied",
+        ),
     ],
 )
 def test_bad_input_leaves_nothing_behind(
