@@ -1,15 +1,19 @@
 """Everything a GPU can tell, in one command of at most ten minutes: correct, tuned, timed, compared, plotted.
 
-``make gpu-bench`` checks the kernels against float64, tunes their configurations where asked (``ARGS=--tune``), and
-times them beside every peer that can be imported: the most important cases first, as many as the time allows, and what
-was left out is named. Results are written after every case, so that a run cut off keeps what it measured.
+``make gpu-bench`` checks the kernels against float64, tunes their configurations where asked (``ARGS=--tune``),
+measures what the project's goals are about, profiles, tries other configurations, and times ours beside every peer that
+can be imported: the most important cases first, as many as the time allows, and what was left out is named. Results
+are written after every case, so that a run cut off keeps what it measured; a part that fails is named, and the others
+go on. Parts that are not run keep their results from earlier.
 ``--device cpu --quick`` takes the same way through tiny problems, to test this script.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
+import hashlib
 import json
 import os
 import platform
@@ -17,6 +21,7 @@ import re
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from functools import partial
@@ -48,9 +53,19 @@ TOKENS = (8192, 2048, 32_768, 4096, 16_384, 65_536)  # by falling importance
 QUICK_SHAPES = {"tiny": (256, 32), "wide": (512, 16)}
 QUICK_TOKENS = (64, 32)
 MODES = ("trainable", "frozen", "forward", "forward_wpo")  # forward and backward; forward alone; with log Σ p² as well
-PARTS = ("check", "profile", "measure")
+PARTS: dict[str, dict[str, Any]] = {  # in the order in which they run: what they write, and what it is before
+    "check": {"checks": []},
+    "tune": {"tuned": None, "tuned_checks": []},
+    "goals": {"goals": None},
+    "profile": {"profiles": []},
+    "trials": {"trials": []},
+    "measure": {"products": [], "cases": [], "left_out": []},
+}
+GOAL_ROUNDS, TRIAL_ROUNDS = 60, 20
 PRODUCT_TOKENS = 8192  # of one bare product
 FLUSH_BYTES = 256 << 20  # several times any L2 cache
+PRODUCT = Peer("bare product", lambda problem: torch.mm(problem.hidden, problem.weight.T))
+TRL = next(peer for peer in peers.OTHERS if peer.name.startswith("TRL"))
 
 
 class Case(NamedTuple):
@@ -74,16 +89,13 @@ class Bench:
         self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
         self.flush = torch.empty(FLUSH_BYTES if device == "cuda" else 1, dtype=torch.int8, device=device)
         self.problems: dict[str, Problem] = {}
-        self.results: dict[str, Any] = {
-            "environment": environment(device, self.backend),
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "checks": [],
-            "tuned": None,
-            "products": [],
-            "profiles": [],
-            "cases": [],
-            "left_out": [],
-        }
+        self.results: dict[str, Any] = {"parts": {}}
+        for empty in PARTS.values():
+            self.results |= copy.deepcopy(empty)
+        if (path := out / "gpu_bench.json").exists() and "parts" in (earlier := json.loads(path.read_text())):
+            self.results |= earlier  # older ones do not say what made them
+        self.results["environment"] = environment(device, self.backend)
+        self.results["dtype"] = str(self.dtype).removeprefix("torch.")
 
     @property
     def left(self) -> float:
@@ -93,10 +105,36 @@ class Bench:
     def log(self, message: str) -> None:
         print(f"[{time.monotonic() - self.started:6.1f} s] {message}", flush=True)
 
-    def save(self) -> None:
+    def save(self) -> str:
+        """Write the results, and the report, which is returned."""
         partial = self.out / "gpu_bench.partial"
         partial.write_text(json.dumps(self.results, indent=1) + "\n")
         partial.replace(self.out / "gpu_bench.json")
+        return gpu_tables.write(self.results, self.out)
+
+    def run_part(self, name: str, work: Callable[[], None]) -> bool:
+        """Run a part and note what became of it; whether the device still works."""
+        self.results |= copy.deepcopy(PARTS[name])
+        record: dict[str, Any] = {"environment": environment(self.device, self.backend)}
+        record |= {"seconds": None, "error": "cut off"}  # what stays of a run that is killed
+        self.results["parts"][name] = record
+        self.save()
+        started = time.monotonic()
+        try:
+            work()
+            record["error"] = None
+        except Exception as error:  # the other parts are still worth running
+            traceback.print_exc()
+            record["error"] = gpu_checks.describe(error)
+        works = gpu_checks.works(self.device)
+        if works:
+            self.free()
+        else:
+            record["error"] = f"the device no longer works; {record['error']}"
+        record["seconds"] = time.monotonic() - started
+        self.log(f"{name}: {record['seconds']:.1f} s" + (f", {record['error']}" if record["error"] else ""))
+        self.save()
+        return works
 
     def problem(self, shape: str, tokens: int) -> Problem:
         if shape not in self.problems:
@@ -107,14 +145,14 @@ class Bench:
             self.log(f"made {shape}: {max(self.tokens)} tokens, V {vocab}, H {hidden_size}")
         return self.problems[shape].first(tokens)
 
-    def check(self) -> None:
-        for check in gpu_checks.run_checks(self.device, self.backend, self.quick):
+    def check(self, after_tuning: bool = False) -> None:
+        for check in gpu_checks.run_checks(self.device, self.backend, self.quick, after_tuning):
             self.log(
                 f"{'ok    ' if check.passed else 'FAILED'} {check.name}: {check.error:.3g}, limit {check.limit:.3g}"
             )
-            self.results["checks"].append({**check._asdict(), "passed": check.passed})
+            kept = self.results["tuned_checks" if after_tuning else "checks"]
+            kept.append({**check._asdict(), "passed": check.passed})
             self.save()
-        self.free()
 
     def tune(self, names: list[str], seconds: float) -> None:
         def milliseconds(step: Callable[[], Any]) -> float:
@@ -128,6 +166,69 @@ class Bench:
         self.results["tuned"] = table[configs.architecture(torch.device(self.device))]
         self.save()
         self.free()
+        self.check(after_tuning=True)
+
+    def goals(self) -> None:
+        """What the goals compare, in turn, round after round: clocks and heat then act on all of them alike."""
+        shape, tokens = next(iter(self.shapes)), self.tokens[0]
+        (fast, _, exact), _ = methods(self.backend)
+        compared = {
+            "product": ("forward", PRODUCT),
+            "forward": ("forward", exact),
+            "frozen": ("frozen", fast),
+            "trainable": ("trainable", fast),
+            "TRL": ("trainable", TRL),
+        }
+        found = self.results["goals"] = {"shape": shape, "tokens": tokens, "absent": {}, "extra_mib": {}, "ms": {}}
+        steps = {}
+        for name, (mode, peer) in compared.items():
+            case = Case(shape, tokens, mode, peer)
+            outcome = self.attempt(partial(self.first_call, case))
+            if "absent" in outcome:
+                found["absent"][name] = outcome["absent"]
+            else:
+                steps[name] = outcome["timed"]
+                found["extra_mib"][name], found["ms"][name] = outcome["extra_mib"], []
+        for _ in range(2 if self.quick else GOAL_ROUNDS):
+            for name, timed in steps.items():
+                found["ms"][name].append(self.time_once(*timed))
+            self.save()
+
+    def first_call(self, case: Case) -> dict[str, Any]:
+        """What time_once takes, compiled, and the memory it takes."""
+        problem, step = self.prepare(case)
+        step()
+        clear = partial(peers.clear_gradients, problem)
+        return {"timed": (step, clear), "extra_mib": self.extra_bytes(step, problem) / 2**20}
+
+    def trials(self) -> None:
+        """Our steps at 2⁻⁸ as launched and under each configuration that may be faster, in turn."""
+        shape, tokens = next(iter(self.shapes)), self.tokens[0]
+        device, fast = torch.device(self.device), methods(self.backend)[0][0]
+        for mode in MODES[:2]:
+            timed = self.first_call(Case(shape, tokens, mode, fast))["timed"]
+            launches = []
+            for name, config in gpu_tune.TRIALS:
+                using = partial(gpu_tune.using, name, config, device, self.dtype, self.shapes[shape][1])
+                record = {"mode": mode, "kernel": name, "config": config._asdict(), "ms": [], "over_shipped": []}
+                self.results["trials"].append(record)
+                record |= self.attempt(partial(self.first_trial, using, timed))
+                if "absent" not in record:
+                    launches.append((using, record))
+            for _ in range(2 if self.quick else TRIAL_ROUNDS):
+                shipped = self.time_once(*timed)
+                for using, record in launches:
+                    with using():
+                        record["ms"].append(self.time_once(*timed))
+                    record["over_shipped"].append(record["ms"][-1] / shipped)
+            self.save()
+
+    def first_trial(
+        self, using: Callable[[], Any], timed: tuple[Callable[[], Any], Callable[[], Any]]
+    ) -> dict[str, Any]:
+        """One call that compiles, or raises."""
+        with using():
+            return {"first_ms": self.time_once(*timed)}
 
     def profile(self) -> None:
         """Where the time of our steps at 2⁻⁸ goes, kernel by kernel: of operators on a CPU."""
@@ -163,7 +264,6 @@ class Bench:
             )
             self.log(f"profiled {shape}, N {tokens}, {mode}: {milliseconds:.3f} ms")
             self.save()
-        self.free()
 
     def measure(self) -> None:
         """Every case in the order of its importance, until the time is up."""
@@ -176,9 +276,8 @@ class Bench:
             if needed > self.left:
                 self.results["left_out"].append(name)
                 continue
-            self.product(case)
             record = {"shape": case.shape, "tokens": case.tokens, "mode": case.mode, "method": case.peer.name}
-            record |= {"note": case.peer.note, **self.run(case)}
+            record |= {"note": case.peer.note, **self.attempt(partial(self.run, case))}
             self.results["cases"].append(record)
             if "ms" in record:
                 slow[key] = record["ms"] / 1000 / case.tokens
@@ -186,20 +285,26 @@ class Bench:
             else:
                 self.log(f"{name}: {record['absent']}")
             self.save()
+            if not gpu_checks.works(self.device):
+                raise RuntimeError(name)
         if self.results["left_out"]:
             self.log(f"left out for want of time: {len(self.results['left_out'])} cases")
         self.save()
 
     def cases(self) -> Iterator[Case]:
+        """Ours and TRL's, then what else needs no torch.compile, then the rest: at the first number of tokens, where
+        the rest is of the first shape, then at the others."""
         ours, others = methods(self.backend)
-        plain = [peer for peer in others if not peer.compiled]
+        ours.append(TRL)
+        plain = [peer for peer in others if not peer.compiled and peer is not TRL]
         compiled = [] if self.quick else [peer for peer in others if peer.compiled]
         first, *rest = self.shapes
-        yield from self.grid([first], self.tokens[0], MODES, [*ours, *plain, *compiled])
-        yield from self.grid(rest, self.tokens[0], MODES, [*ours, *plain])
-        for tokens in self.tokens[1:]:
-            for shape in self.shapes:
-                yield from self.grid([shape], tokens, MODES[:3], [*ours, *plain])
+        for group in (ours, plain):
+            yield from self.grid([first, *rest], self.tokens[0], MODES, group)
+        yield from self.grid([first], self.tokens[0], MODES, compiled)
+        for group in (ours, plain):
+            for tokens in self.tokens[1:]:
+                yield from self.grid([first, *rest], tokens, MODES[:3], group)
         yield from self.grid(rest, self.tokens[0], MODES[:2], compiled)
 
     def grid(self, shapes: list[str], tokens: int, modes: tuple[str, ...], methods: list[Peer]) -> Iterator[Case]:
@@ -221,8 +326,8 @@ class Bench:
         self.log(f"{case.shape}, N {tokens}, bare product: {ms:.3f} ms, {tflops:.0f} TFLOP/s")
         self.results["products"].append({"shape": case.shape, "tokens": tokens, "ms": ms, "tflops": tflops})
 
-    def run(self, case: Case) -> dict[str, Any]:
-        """Median and quartiles of the time, and the peak of memory; or why there is none."""
+    def prepare(self, case: Case) -> tuple[Problem, Callable[[], None]]:
+        """The case's operands as leaves, and one call of it."""
         problem = self.problem(case.shape, case.tokens).leaves(train_head=case.mode == "trainable")
         if case.mode == "forward_wpo":
             problem = problem.with_stats("log_sum_sq_probs")
@@ -234,24 +339,31 @@ class Bench:
             else:
                 peers.backward(case.peer.forward(problem), problem)
 
-        absent = None
+        return problem, step
+
+    def attempt(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What ``work`` returns, or why there is nothing: {"absent": reason}."""
         try:
-            step()  # compiles
-            extra = self.extra_bytes(step, problem)
-            times = self.time(step, lambda: peers.clear_gradients(problem))
-        except peers.Absent as reason:
+            return work()
+        except (peers.Absent, ImportError) as reason:
             return {"absent": str(reason)}
         except torch.OutOfMemoryError:
             absent = "out of memory"
         except Exception as error:  # a peer's, or ours: the others are still worth their time
-            absent = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:300]
-            if "CUDA error" in absent:
-                raise  # the context is gone, and with it every later case
-        finally:
-            peers.clear_gradients(problem)
-        if absent:
+            absent = gpu_checks.describe(error)
+        if gpu_checks.works(self.device):
             self.free()
-            return {"absent": absent}
+        return {"absent": absent}
+
+    def run(self, case: Case) -> dict[str, Any]:
+        """Median and quartiles of the time, and the peak of memory."""
+        self.product(case)
+        problem, step = self.prepare(case)
+        if case.peer.compiled:
+            torch.compiler.reset()  # what earlier cases compiled would count against the limit of variants
+        step()  # compiles
+        extra = self.extra_bytes(step, problem)
+        times = self.time(step, lambda: peers.clear_gradients(problem))
         quartiles = statistics.quantiles(times, n=4)
         ms = statistics.median(times)
         # Recomputed logits are not counted: one product forward, one for each gradient.
@@ -346,6 +458,7 @@ def environment(device: str, backend: str) -> dict[str, Any]:
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "device": platform.processor() or platform.machine(),
         "backend": backend,
+        "kernels": kernels_digest(),
         "python": platform.python_version(),
         "versions": {package: installed(package) for package in packages},
     }
@@ -359,12 +472,24 @@ def environment(device: str, backend: str) -> dict[str, Any]:
     return found
 
 
+def kernels_digest() -> str:
+    """Of the sources that run, and of their configurations."""
+    files = sorted(Path(configs.__file__).parent.glob("*.*"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny problems, to test this script")
-    parser.add_argument("--minutes", type=float, default=9.0, help="time for everything, checks and tuning included")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=8.3,
+        help="for all but imports, the case in progress at the end and plots, to which 10 minutes leave the rest",
+    )
+    parts = [part for part in PARTS if part != "tune"]
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument(
         "--tune",
         nargs="*",
@@ -383,21 +508,23 @@ def main(arguments: list[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     bench = Bench(options.device, out, options.minutes, options.quick)
     bench.log(json.dumps(bench.results["environment"]))
-    try:
-        if "check" in options.parts:
-            bench.check()
-        if options.tune is not None:
-            bench.tune(options.tune or list(gpu_tune.KERNELS), 60 * options.tune_minutes)
-        if "profile" in options.parts:
-            bench.profile()
-        if "measure" in options.parts:
-            bench.measure()
-    finally:
-        bench.save()
-        print(gpu_tables.write(bench.results, out), flush=True)
-    failed = [check["name"] for check in bench.results["checks"] if not check["passed"]]
-    for check in failed:
-        print(f"FAILED {check}", file=sys.stderr)
+    work = {part: getattr(bench, part) for part in options.parts}
+    if options.tune is not None:
+        work["tune"] = partial(bench.tune, options.tune or list(gpu_tune.KERNELS), 60 * options.tune_minutes)
+    failed = []
+    for part in PARTS:
+        if part in work:
+            works = bench.run_part(part, work[part])
+            if error := bench.results["parts"][part]["error"]:
+                failed.append(f"{part}: {error}")
+            checks = [check for key in PARTS[part] if key.endswith("checks") for check in bench.results[key]]
+            failed += [check["name"] for check in checks if not check["passed"]]
+            if not works:
+                break
+    print(bench.save(), flush=True)
+    gpu_tables.plot(bench.results, out)
+    for failure in failed:
+        print(f"FAILED {failure}", file=sys.stderr)
     return 1 if failed else 0
 
 

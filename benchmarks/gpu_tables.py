@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 MODES = {
     "forward": "forward",
@@ -15,13 +16,37 @@ MODES = {
     "trainable": "forward + backward, trainable head",
 }
 PROFILED_KERNELS = 20  # in the table; all of them stand in gpu_bench.json
+TIME_GOALS = (  # (what, the step, that over which it is, at most) of what the project set out to reach on an H100
+    ("forward over the bare product, which is to have 0.65 of its rate", "forward", "product", 1 / 0.65),
+    ("forward + backward, trainable head, over TRL's", "trainable", "TRL", 0.5),
+    ("forward + backward, frozen head, over the forward alone", "frozen", "forward", 1.25),
+)
+MOST_MIB = 256.0
 Results = dict[str, Any]
 
 
+class Goal(NamedTuple):
+    """What was measured in each round; where nothing was, the reason."""
+
+    name: str
+    measured: list[float]
+    limit: float
+    reason: str = ""
+
+    @property
+    def met(self) -> bool:
+        return bool(self.measured) and statistics.median(self.measured) <= self.limit
+
+
 def write(results: Results, out: Path) -> str:
-    """gpu_bench.md and, where matplotlib can be imported, the plots; returns the Markdown."""
+    """gpu_bench.md; returns it."""
     text = "\n".join(_lines(results)) + "\n"
     (out / "gpu_bench.md").write_text(text)
+    return text
+
+
+def plot(results: Results, out: Path) -> None:
+    """The plots, where matplotlib can be imported and anything was timed."""
     if any("ms" in case for case in results["cases"]):
         try:
             import matplotlib
@@ -30,34 +55,22 @@ def write(results: Results, out: Path) -> str:
         else:
             matplotlib.use("Agg")
             _plots(results, out)
-    return text
 
 
-def goals(results: Results) -> Iterator[tuple[str, float, float]]:
-    """(what, measured, at most) of what the project set out to reach on an H100; only what was measured."""
-    shape, tokens = "Llama-3 8B", 8192
-    forward, frozen, trainable, trl = (
-        find(results, shape, tokens, mode, method)
-        for mode, method in (
-            ("forward", "prefopt_fast, exact"),
-            ("frozen", "prefopt_fast, 2⁻⁸"),
-            ("trainable", "prefopt_fast, 2⁻⁸"),
-            ("trainable", "TRL ChunkedLogProb"),
-        )
-    )
-    product = _product(results, shape, tokens)
-    if forward and product:
-        yield (
-            "time of the bare product over the forward's, at least 0.65: its inverse",
-            forward["ms"] / product["ms"],
-            1 / 0.65,
-        )
-    if trainable and trl:
-        yield "forward + backward, trainable head, over TRL's", trainable["ms"] / trl["ms"], 0.5
-    if frozen and forward:
-        yield "forward + backward, frozen head, over the forward alone", frozen["ms"] / forward["ms"], 1.25
-    if trainable:
-        yield "extra memory, trainable head, MiB", trainable["extra_mib"], 256.0
+def goals(results: Results) -> Iterator[Goal]:
+    """Each goal, with the ratio of every round and with extra memory in MiB."""
+    found = results.get("goals") or {"absent": {}, "ms": {}, "extra_mib": {}}
+    error = results.get("parts", {}).get("goals", {}).get("error")
+
+    def reason(*steps: str) -> str:
+        return next((found["absent"][step] for step in steps if step in found["absent"]), error or "not run")
+
+    for name, step, base, limit in TIME_GOALS:
+        rounds = zip(found["ms"].get(step, []), found["ms"].get(base, []), strict=False)  # a last one may be cut off
+        yield Goal(name, [ms / other for ms, other in rounds], limit, reason(step, base))
+    for step in ("trainable", "frozen"):
+        extra = [found["extra_mib"][step]] if step in found["extra_mib"] else []
+        yield Goal(f"extra memory, {step} head, MiB", extra, MOST_MIB, reason(step))
 
 
 def find(results: Results, shape: str, tokens: int, mode: str, method: str) -> Results | None:
@@ -100,7 +113,9 @@ def _lines(results: Results) -> Iterator[str]:
         "TFLOP/s: 2NVH for the forward and for each gradient, recomputed logits not counted, and their share of the "
         "bare product's rate on the same operands."
     )
+    yield from _part_lines(results)
     yield from _goal_lines(results)
+    yield from _trial_lines(results)
     for shape in _unique(results, "shape"):
         yield from _shape_lines(results, shape)
     yield from _profile_lines(results)
@@ -111,46 +126,81 @@ def _lines(results: Results) -> Iterator[str]:
         yield from ("", "## Left out for want of time", "", *(f"- {name}" for name in results["left_out"]))
 
 
+def _part_lines(results: Results) -> Iterator[str]:
+    parts = results.get("parts")
+    if parts:
+        yield from ("", "| part | run | sources | seconds | |", "| --- | --- | --- | --- | --- |")
+        for name, part in parts.items():
+            run, seconds = part["environment"], "" if part["seconds"] is None else f"{part['seconds']:.0f}"
+            yield f"| {name} | {run['date']} | {run['kernels']} | {seconds} | {_cell(part['error'] or '')} |"
+
+
 def _goal_lines(results: Results) -> Iterator[str]:
-    found = list(goals(results))
-    if found:
-        yield from (
-            "",
-            "## Goals (Llama-3 8B, N = 8192)",
-            "",
-            "| | measured | at most | met |",
-            "| --- | --- | --- | --- |",
-        )
-    for name, measured, limit in found:
-        yield f"| {name} | {measured:.2f} | {limit:.2f} | {'yes' if measured <= limit else 'no'} |"
+    found = results.get("goals")
+    yield from ("", "## Goals" + (f" ({found['shape']}, N = {found['tokens']})" if found else ""), "")
+    yield "Medians over interleaved rounds of one call each, and quartiles."
+    yield from ("", "| | measured | quartiles | at most | met |", "| --- | --- | --- | --- | --- |")
+    for goal in goals(results):
+        if goal.measured:
+            cells = [f"{statistics.median(goal.measured):.3f}", _quartiles(goal.measured)]
+        else:
+            cells = [f"not measured: {_cell(goal.reason)}", ""]
+        verdict = ("yes" if goal.met else "no") if goal.measured else ""
+        yield "| " + " | ".join([goal.name, *cells, f"{goal.limit:.2f}", verdict]) + " |"
+
+
+def _trial_lines(results: Results) -> Iterator[str]:
+    if results.get("trials"):
+        yield from ("", "## Other configurations", "")
+        yield "The whole step over that of the shipped configuration in the same round: medians and quartiles."
+        yield from ("", "| head | kernel | configuration | ms | over shipped | quartiles |", "| --- |" + " --- |" * 5)
+    for trial in results.get("trials", ()):
+        sizes = [str(trial["config"][f"block_{letter}"]) for letter in "nvh"]
+        config = f"{' x '.join(sizes)}, {trial['config']['num_warps']} warps, {trial['config']['num_stages']} stages"
+        if "absent" in trial or not trial["ms"]:
+            cells = [_cell(trial.get("absent", "cut off")), "", ""]
+        else:
+            medians = statistics.median(trial["ms"]), statistics.median(trial["over_shipped"])
+            cells = [f"{medians[0]:.2f}", f"{medians[1]:.3f}", _quartiles(trial["over_shipped"])]
+        yield "| " + " | ".join([trial["mode"], trial["kernel"], config, *cells]) + " |"
+
+
+def _quartiles(values: list[float]) -> str:
+    if len(values) < 2:
+        return ""
+    low, _, high = statistics.quantiles(values, n=4)
+    return f"{low:.3f} to {high:.3f}"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "/")
 
 
 def _shape_lines(results: Results, shape: str) -> Iterator[str]:
     for tokens in sorted(_unique(results, "tokens", shape=shape)):
         product = _product(results, shape, tokens)
-        modes = [mode for mode in MODES if mode in _unique(results, "mode", shape=shape, tokens=tokens)]
+        cases = {
+            (case["method"], case["mode"]): case
+            for case in results["cases"]
+            if (case["shape"], case["tokens"]) == (shape, tokens)
+        }
+        modes = [mode for mode in MODES if any(mode == found for _, found in cases)]
         yield from ("", f"## {shape}, N = {tokens}", "")
         if product:
             yield f"Bare product: {product['ms']:.2f} ms, {product['tflops']:.0f} TFLOP/s."
             yield ""
         yield "| | " + " | ".join(f"{MODES[mode]}: ms | TFLOP/s | extra MiB" for mode in modes) + " |"
         yield "| --- |" + " --- | --- | --- |" * len(modes)
-        for method in _unique(results, "method", shape=shape, tokens=tokens):
+        for method in dict.fromkeys(method for method, _ in cases):
             cells = [method]
             for mode in modes:
-                case = find(results, shape, tokens, mode, method)
-                if case:
+                case = cases.get((method, mode), {"absent": ""})
+                if "ms" in case:
                     share = f" ({case['tflops'] / product['tflops']:.0%})" if product else ""
                     cells += [f"{case['ms']:.2f}", f"{case['tflops']:.0f}{share}", f"{case['extra_mib']:.0f}"]
                 else:
-                    cells += [_reason(results, shape, tokens, mode, method), "", ""]
+                    cells += [_cell(case["absent"]), "", ""]
             yield "| " + " | ".join(cells) + " |"
-
-
-def _reason(results: Results, shape: str, tokens: int, mode: str, method: str) -> str:
-    wanted = {"shape": shape, "tokens": tokens, "mode": mode, "method": method}
-    reasons = _unique({"cases": [case for case in results["cases"] if "absent" in case]}, "absent", **wanted)
-    return reasons[0].replace("|", "/") if reasons else ""
 
 
 def _profile_lines(results: Results) -> Iterator[str]:
@@ -162,21 +212,21 @@ def _profile_lines(results: Results) -> Iterator[str]:
         yield f"{profile['ms']:.2f} ms without the profiler, kernels {busy:.2f} ms; {kept}."
         yield from ("", "| kernel | launches | ms |", "| --- | --- | --- |")
         for name, (launches, spent) in list(kernels.items())[:PROFILED_KERNELS]:
-            yield f"| {name.replace('|', '/')[:80]} | {launches} | {spent:.3f} |"
+            yield f"| {_cell(name)[:80]} | {launches} | {spent:.3f} |"
         rest = list(kernels.values())[PROFILED_KERNELS:]
         if rest:
             yield f"| {len(rest)} others | {sum(n for n, _ in rest)} | {sum(spent for _, spent in rest):.3f} |"
 
 
 def _check_lines(results: Results) -> Iterator[str]:
-    if not results["checks"]:
-        return
-    failed = sum(not check["passed"] for check in results["checks"])
-    yield from ("", f"## Correctness: {len(results['checks'])} checks, {failed} failed", "")
-    yield from ("| check | error | limit | |", "| --- | --- | --- | --- |")
-    for check in results["checks"]:
-        verdict = "" if check["passed"] else "failed"
-        yield f"| {check['name'].replace('|', '/')} | {check['error']:.2e} | {check['limit']:.2e} | {verdict} |"
+    for checks, when in ((results["checks"], ""), (results.get("tuned_checks"), " of the tuned configurations")):
+        if checks:
+            failed = sum(not check["passed"] for check in checks)
+            yield from ("", f"## Correctness{when}: {len(checks)} checks, {failed} failed", "")
+            yield from ("| check | error | limit | |", "| --- | --- | --- | --- |")
+            for check in checks:
+                verdict = "" if check["passed"] else "failed"
+                yield f"| {_cell(check['name'])} | {check['error']:.2e} | {check['limit']:.2e} | {verdict} |"
 
 
 def _plots(results: Results, out: Path) -> None:
@@ -284,4 +334,6 @@ def _legend(figure: Any, colours: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    print(write(json.loads((folder / "gpu_bench.json").read_text()), folder))
+    results = json.loads((folder / "gpu_bench.json").read_text())
+    print(write(results, folder))
+    plot(results, folder)

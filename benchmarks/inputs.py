@@ -8,6 +8,7 @@ well.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -117,6 +118,8 @@ def synthetic(
     device: str | torch.device = "cpu",
     seed: int = 0,
     name: str | None = None,
+    bias: Tensor | None = None,  # (V,)
+    softcap: float | None = None,
 ) -> Problem:
     """Random hidden states and weight whose softmax is as concentrated as a real model's.
 
@@ -125,6 +128,9 @@ def synthetic(
     token's entropy is a draw from the measured distribution. Normal logits under such scales have the power-law tail
     of real ones, and the common part makes tokens of a chunk use the same columns. Targets are drawn from the softmax.
     Runs on the CPU and on GPUs, in chunks.
+
+    The entropies hold under a head with this ``bias`` and ``softcap``. A soft-cap flattens what it caps: only with a
+    bias of about −softcap, which leaves the few likely words near 0, can they be as small as a real model's.
     """
     device = torch.device(device)
     generator = torch.Generator(device).manual_seed(seed)
@@ -146,9 +152,11 @@ def synthetic(
     targets = torch.empty(tokens, dtype=torch.int64, device=device)
     for rows in torch.arange(tokens, device=device).split(max(1, _CHUNK_BYTES // (4 * vocab))):
         constant = (4 * direction).to(dtype).expand(len(rows), -1)
-        scale = _solve_scale((constant[:1] @ weight.T).float(), (own[rows].to(dtype) @ weight.T).float(), entropy[rows])
+        shared_logits = (constant[:1] @ weight.T).float() + (0.0 if bias is None else bias)
+        scale = _solve_scale(shared_logits, (own[rows].to(dtype) @ weight.T).float(), entropy[rows], softcap)
         hidden[rows] = (constant + scale[:, None] * own[rows]).to(dtype)
-        probs = torch.softmax((hidden[rows] @ weight.T).float(), -1)
+        logits = (hidden[rows] @ weight.T).float() + (0.0 if bias is None else bias)
+        probs = torch.softmax(_capped(logits, softcap), -1)
         targets[rows] = torch.multinomial(probs, 1, generator=generator).squeeze(1)
     label = name or f"V {vocab:,}, H {hidden_size}"
     return make_problem(label, "synthetic", hidden, weight, targets)
@@ -168,20 +176,30 @@ def _solve_scale(
     common: Tensor,  # (1, V)
     own: Tensor,  # (C, V)
     entropy: Tensor,  # (C,)
+    softcap: float | None,
     steps: int = 14,
 ) -> Tensor:
-    """(C,) scales s for which softmax(common + s·own) has the given entropies, as far as any in [2⁻⁴, 2⁸] has."""
-    low, high = torch.full_like(entropy, -4.0), torch.full_like(entropy, 8.0)  # log2
+    """(C,) scales s for which softmax(cap(common + s·own)) has the given entropies, as far as any in [2⁻⁴, 2⁸] has.
+
+    Under a soft-cap, of which large scales reach the flat part, any in [2⁻⁴, softcap / 4].
+    """
+    low = torch.full_like(entropy, -4.0)  # log2
+    high = torch.full_like(entropy, 8.0 if softcap is None else math.log2(softcap / 4))
     logits = torch.empty_like(own)
     for _ in range(steps):
         middle = (low + high) / 2
-        torch.addcmul(common, own, middle.exp2()[:, None], out=logits)
+        _capped(torch.addcmul(common, own, middle.exp2()[:, None], out=logits), softcap)
         logits -= logits.amax(-1, keepdim=True)
         probs = logits.exp()
         total = probs.sum(-1)
         found = total.log() - torch.linalg.vecdot(probs, logits) / total
         low, high = torch.where(found > entropy, middle, low), torch.where(found > entropy, high, middle)
     return ((low + high) / 2).exp2()
+
+
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """softcap · tanh(logits / softcap), in place."""
+    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
 
 def real(

@@ -89,7 +89,7 @@ def full_logits(problem: Problem) -> Tensor:
 
 @cache
 def _compiled() -> Callable[..., tuple[Tensor, Tensor | None]]:
-    return torch.compile(_from_logits)
+    return torch.compile(_from_logits, dynamic=False)
 
 
 def full_logits_compiled(problem: Problem) -> Tensor:
