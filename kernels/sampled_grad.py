@@ -23,7 +23,7 @@ trained, a trial draw tells what it is to be expected to be, and the budget of t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -73,23 +73,25 @@ class Operands(NamedTuple):
     tile: int  # of slots: sampled_grad_logits' block_v
 
 
-class Draw(NamedTuple):
-    """The columns that each chunk drew, whose last tile is padded; behind it nothing is written."""
-
-    columns: Tensor  # (chunks, V in whole tiles), int32; V in padding
-    weights: Tensor  # (chunks, V in whole tiles), fp32, 1/π; 0 in padding
-    ranks: Tensor | None  # (chunks, V), int32: a column's place among those kept, or −1; None where not needed
-    counts: Tensor  # (chunks,), fp32
-    shares: Tensor  # (chunks,), fp32, Σ π
-    errors: Tensor  # (chunks,), fp32, Σ (1/π − 1) s²
-
-
 class Slots(NamedTuple):
-    """A draw and where the columns of each chunk stand among those of all: its slots."""
+    """The columns that the chunks drew, one chunk after the other, each padded to whole tiles."""
 
-    draw: Draw
-    first_slots: Tensor  # (chunks + 1,), int32
+    columns: Tensor  # (S,), int32; V in padding
+    weights: Tensor  # (S,), fp32, 1/π; 0 in padding
+    ranks: Tensor | None  # (chunks, V), int32: a column's place among its chunk's, or −1; None where not needed
+    first_slots: Tensor  # (chunks + 1,), int32: where the chunks' slots begin
     bounds: list[int]  # the same
+
+
+class Expected(NamedTuple):
+    """What a draw counts before it writes, (chunks,) each, fp32."""
+
+    counts: Tensor  # columns kept
+    shares: Tensor  # Σ π
+    errors: Tensor  # Σ (1/π − 1) s²
+
+
+Write = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # first_slots and S to columns and weights
 
 
 @triton.jit
@@ -146,8 +148,9 @@ def _select_kernel(
     budgets,  # (chunks,), fp32
     errors,  # (chunks, CANDIDATES, segments), fp32
     sums,  # (3, chunks, segments), fp32: columns kept, Σ π, expected squared error
-    kept,  # (chunks, V in whole tiles), int32
-    weights,  # (chunks, V in whole tiles), fp32
+    first_slots,  # (chunks + 1,), int32
+    kept,  # (S,), int32
+    weights,  # (S,), fp32
     ranks,  # (chunks, V), int32, or None
     n_blocks,
     vocab_size,
@@ -203,16 +206,16 @@ def _select_kernel(
     else:
         counts = tl.load(own + segments, mask=exists, other=0.0).to(tl.int32)
         rank = tl.sum(tl.where(segments < segment, counts, 0), 0) + tl.cumsum(drawn.to(tl.int32), 0) - 1
-        row = tl.cast(chunk, tl.int64) * (tl.cdiv(vocab_size, TILE) * TILE)
-        tl.store(kept + row + rank, columns, mask=drawn)
-        tl.store(weights + row + rank, 1.0 / tl.where(drawn, keep, 1.0), mask=drawn)
+        first = tl.load(first_slots + chunk)
+        tl.store(kept + first + rank, columns, mask=drawn)
+        tl.store(weights + first + rank, 1.0 / tl.where(drawn, keep, 1.0), mask=drawn)
         if ranks is not None:
             tl.store(ranks + tl.cast(chunk, tl.int64) * vocab_size + columns, tl.where(drawn, rank, -1), mask=inside)
         count = tl.sum(counts, 0)
         padding = count + tl.arange(0, TILE)
         missing = padding < tl.where(segment == 0, tl.cdiv(count, TILE) * TILE, 0)
-        tl.store(kept + row + padding, tl.zeros_like(padding) + vocab_size, mask=missing)
-        tl.store(weights + row + padding, tl.zeros(padding.shape, tl.float32), mask=missing)
+        tl.store(kept + first + padding, tl.zeros_like(padding) + vocab_size, mask=missing)
+        tl.store(weights + first + padding, tl.zeros(padding.shape, tl.float32), mask=missing)
 
 
 @triton.jit(do_not_specialize=VARYING_SIZES, do_not_specialize_on_alignment=PARTS_OF_CHUNKS)
@@ -220,15 +223,15 @@ def _sampled_grad_logits_kernel(
     hidden,  # (n, H): descriptor or pointer
     weight,  # (V, H)
     bias,  # (V,) or None
-    columns,  # (chunks, V in whole tiles)
-    weights,  # (chunks, V in whole tiles)
+    columns,  # (S,)
+    weights,  # (S,)
     first_slots,  # (chunks + 1,)
     targets,  # (n,)
     token_factors,  # (3, n), fp32
     grad_logits,  # (S, C): transposed, so that a column's gradients lie together
     tile_sums,  # (S / BLOCK_V, C), fp32: each token's sum over a tile's slots
     n_tokens,
-    first_slot,  # that is the first of grad_logits
+    first_slot,  # that is the first of columns, weights and grad_logits
     most_tiles,  # of a chunk
     vocab_size,
     hidden_size,
@@ -252,9 +255,9 @@ def _sampled_grad_logits_kernel(
     if chunk_slot + tile * BLOCK_V >= tl.load(first_slots + chunk + 1):
         return
     first_token = chunk * CHUNK + within
-    place = tl.cast(chunk, tl.int64) * (tl.cdiv(vocab_size, BLOCK_V) * BLOCK_V) + tile * BLOCK_V
-    ranks = tl.arange(0, BLOCK_V)
-    column = tl.load(columns + place + ranks)
+    slot = chunk_slot - first_slot + tile * BLOCK_V
+    slots = slot + tl.arange(0, BLOCK_V)
+    column = tl.load(columns + slots)
     kept = column < vocab_size
     rows = weight + column.to(tl.int64)[:, None] * hidden_size
 
@@ -270,11 +273,10 @@ def _sampled_grad_logits_kernel(
         product += tl.load(bias + column, mask=kept, other=0.0).to(tl.float32)[None, :]
     grad = grad_of_product(product, tokens, column, targets, token_factors, n_tokens, scale, softcap, HAS_SOFTCAP)
     # In padding the logit is 0, whose exponential over a very negative log-sum-exp is infinite.
-    grad = tl.where(kept[None, :], grad * tl.load(weights + place + ranks)[None, :], 0.0)
+    grad = tl.where(kept[None, :], grad * tl.load(weights + slots)[None, :], 0.0)
     local = within + tl.arange(0, BLOCK_N)
-    slot = tl.cast(chunk_slot - first_slot, tl.int64) + tile * BLOCK_V
-    tl.store(tile_sums + slot // BLOCK_V * CHUNK + local, tl.sum(grad, 1))
-    out = grad_logits + slot * CHUNK + ranks[None, :] * CHUNK + local[:, None]
+    tl.store(tile_sums + tl.cast(slot // BLOCK_V, tl.int64) * CHUNK + local, tl.sum(grad, 1))
+    out = grad_logits + slots.to(tl.int64)[None, :] * CHUNK + local[:, None]
     tl.store(out, grad.to(grad_logits.dtype.element_ty))
 
 
@@ -282,7 +284,7 @@ def _sampled_grad_logits_kernel(
 def _sampled_dhidden_kernel(
     grad_logits,  # (S, C)
     weight,  # (V, H)
-    columns,  # (chunks, V in whole tiles)
+    columns,  # (S,)
     first_slots,  # (chunks + 1,)
     tile_sums,  # (S / TILE, C), fp32
     center,  # (H,), fp32, or None
@@ -290,7 +292,7 @@ def _sampled_dhidden_kernel(
     dhidden,  # (N, H)
     unit,  # (), fp32, or None: what the gradient is to be multiplied with
     n_tokens,
-    first_slot,  # that is the first of grad_logits
+    first_slot,  # that is the first of columns and grad_logits
     vocab_size,
     hidden_size,
     PRECISION: tl.constexpr,
@@ -312,10 +314,9 @@ def _sampled_dhidden_kernel(
     total = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
     start = tl.load(first_slots + chunk) - first_slot
     end = tl.load(first_slots + chunk + 1) - first_slot
-    own = columns + tl.cast(chunk, tl.int64) * (tl.cdiv(vocab_size, TILE) * TILE) - start
     for slot in tl.range(start, end, BLOCK_V):
         slots = slot + tl.arange(0, BLOCK_V)
-        column = tl.load(own + slots).to(tl.int64)
+        column = tl.load(columns + slots).to(tl.int64)
         g = tl.load(grad_logits + slots.to(tl.int64)[:, None] * CHUNK + within[None, :])
         w = tl.load(
             weight + column[:, None] * hidden_size + features[None, :],
@@ -446,22 +447,23 @@ def draw_slots(
     allowed, head_error = budgets.sum(), budgets.new_zeros(())
     if train_head:
         # A draw of its own, so that the other one's probabilities depend on no draw that they weigh.
-        trial = _draw(column_sq, block_weights, budgets, seed, 1, tile, need_ranks=False)
-        head_error = _head_error(operands, trial, largest) / tolerance**2
-        del trial  # as large as the draw that follows
+        trial = _draw(column_sq, block_weights, budgets, seed, 1, tile, ranks=None)
+        head_error = _head_error(operands, *trial, largest) / tolerance**2
         budgets = budgets / head_error.nan_to_num(1.0).clamp_min(1.0)
-    draw = _draw(column_sq, block_weights, budgets, seed, 0, tile, need_ranks=train_head)
-    first_slots = pad((draw.counts / tile).ceil_().mul_(tile).int().cumsum(0, dtype=torch.int32), (1, 0))
+    ranks = torch.empty(n_chunks, vocab_size, dtype=torch.int32, device=grad.device) if train_head else None
+    expected, write = _draw(column_sq, block_weights, budgets, seed, 0, tile, ranks)
+    first_slots = pad((expected.counts / tile).ceil_().mul_(tile).int().cumsum(0, dtype=torch.int32), (1, 0))
     # More than is allowed by roundings alone, since where head_error was, the budgets were cut by it.
-    error = torch.maximum(draw.errors.sum() / allowed.clamp_min(1e-30), head_error).clamp_max(1.0)
-    # The one synchronization, for what launches and buffers need; all kernels of the draw are on their way.
-    totals = torch.stack([draw.counts.sum(), draw.shares.sum(), error])
+    error = torch.maximum(expected.errors.sum() / allowed.clamp_min(1e-30), head_error).clamp_max(1.0)
+    # The one synchronization, for what launches and buffers need. As fp32, in which whole tiles are exact.
+    totals = torch.stack([expected.counts.sum(), expected.shares.sum(), error])
     total, share, error_sq, *bounds = torch.cat([totals, first_slots]).tolist()
     # Whether to sample at all must not depend on the draw, which then would be one of those with few columns.
     if share > MAX_SHARE * n_chunks * vocab_size:
         return None, torch.tensor([1, 0, n_chunks, n_chunks], dtype=torch.float64, device="cpu")
     report = [total / (n_chunks * vocab_size), tolerance * error_sq**0.5, 0, n_chunks]
-    slots = Slots(draw, first_slots, [int(bound) for bound in bounds])
+    bounds = [int(bound) for bound in bounds]
+    slots = Slots(*write(first_slots, bounds[-1]), ranks, first_slots, bounds)
     return slots, torch.tensor(report, dtype=torch.float64, device="cpu")
 
 
@@ -472,8 +474,9 @@ def _draw(
     seed: int,
     stream: int,  # draws of one seed in different streams are independent
     tile: int,
-    need_ranks: bool,
-) -> Draw:
+    ranks: Tensor | None,  # (chunks, V), to be written with the columns
+) -> tuple[Expected, Write]:
+    """What the draw keeps, counted, and what writes it where it is told to."""
     (n_blocks, vocab_size), n_chunks = column_sq.shape, len(budgets)
     n_segments = triton.cdiv(vocab_size, SEGMENT)
     sizes = {"BLOCKS": BLOCKS_PER_CHUNK, "CANDIDATES": CANDIDATES, "SEGMENT": SEGMENT}
@@ -482,23 +485,31 @@ def _draw(
     grid = (n_chunks * n_segments,)
     _errors_kernel[grid](*scores, n_blocks, vocab_size, n_segments, **sizes)
     sums = budgets.new_empty(3, n_chunks, n_segments)
-    columns = torch.empty(n_chunks, triton.cdiv(vocab_size, tile) * tile, dtype=torch.int32, device=sums.device)
-    weights = torch.empty_like(columns, dtype=torch.float32)
-    ranks = columns.new_empty(n_chunks, vocab_size) if need_ranks else None
     low, high = (word - (1 << 32) * (word >> 31) for word in (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF))
     sizes |= {"SEGMENTS": triton.next_power_of_2(n_segments), "TILE": tile}
-    for counted in (0, 1):
+
+    def select(counted: int, first_slots: Tensor, columns: Tensor, weights: Tensor) -> None:
         _select_kernel[grid](
-            *(*scores, sums, columns, weights, ranks),
+            *(*scores, sums, first_slots, columns, weights, ranks),
             *(n_blocks, vocab_size, n_segments, low, high, stream, counted),
             **sizes,
         )
-    return Draw(columns, weights, ranks, *sums.sum(2))
+
+    def write(first_slots: Tensor, n_slots: int) -> tuple[Tensor, Tensor]:
+        columns = first_slots.new_empty(n_slots)
+        weights = sums.new_empty(n_slots)
+        select(1, first_slots, columns, weights)
+        return columns, weights
+
+    nowhere = torch.empty(n_chunks + 1, dtype=torch.int32, device=sums.device)
+    select(0, nowhere, nowhere, sums)
+    return Expected(*sums.sum(2)), write
 
 
 def _head_error(
     operands: Operands,
-    draw: Draw,  # overwritten
+    expected: Expected,
+    write: Write,
     largest: Tensor,  # (), of the upstream gradients, so that squares stay in fp32's range
 ) -> Tensor:
     """The squared relative error of dweight that such a draw lets expect, (), by a tile of columns of each chunk.
@@ -509,17 +520,25 @@ def _head_error(
     none. The gradient itself is taken to have the size that it has if its tokens' parts are not correlated. dbias has
     no estimate.
     """
-    hidden, chunk, tile, n_chunks = operands.hidden, operands.chunk, operands.tile, len(draw.counts)
-    kept = draw.counts[:, None]
+    hidden, chunk, tile, n_chunks = operands.hidden, operands.chunk, operands.tile, len(expected.counts)
+
+    def spaced(step: int) -> Tensor:
+        return torch.arange(0, (n_chunks + 1) * step, step, dtype=torch.int32, device=hidden.device)
+
+    # How many columns were drawn is not known here without a synchronization: room for all.
+    room = triton.cdiv(len(operands.weight), tile) * tile
+    drawn = [values.view(n_chunks, room) for values in write(spaced(room), n_chunks * room)]
+    kept = expected.counts[:, None]
     picked = (kept * ((torch.arange(tile, dtype=torch.float32, device=hidden.device) + 0.5) / tile)).long()
-    columns, weights = draw.columns[:, :tile], draw.weights[:, :tile]
     # Of a chunk that keeps none nothing was written.
-    columns.copy_(draw.columns.gather(1, picked).where(kept > 0, len(operands.weight)))
-    weights.copy_(draw.weights.gather(1, picked).where(kept > 0, 1.0))
-    bounds = range(0, (n_chunks + 1) * tile, tile)
-    first_slots = torch.arange(0, (n_chunks + 1) * tile, tile, dtype=torch.int32, device=hidden.device)
-    grad_logits, tile_sums = hidden.new_empty(n_chunks * tile, chunk), draw.weights.new_empty(n_chunks, chunk)
-    _grad_logits(operands, draw, first_slots, bounds, slice(0, n_chunks), grad_logits, tile_sums)
+    columns, weights = (
+        values.gather(1, picked).where(kept > 0, none)
+        for values, none in zip(drawn, (len(operands.weight), 1.0), strict=True)
+    )
+    del drawn
+    slots = Slots(columns.flatten(), weights.flatten(), None, spaced(tile), [*range(0, (n_chunks + 1) * tile, tile)])
+    grad_logits, tile_sums = hidden.new_empty(n_chunks * tile, chunk), weights.new_empty(n_chunks, chunk)
+    _grad_logits(operands, slots, slice(0, n_chunks), grad_logits, tile_sums)
 
     generator = torch.Generator(hidden.device).manual_seed(0)
     shape = (hidden.shape[1], SKETCH)
@@ -529,16 +548,14 @@ def _head_error(
         grad_logits.view(n_chunks, tile, chunk).float() / largest,
         pad(states, (0, 0, 0, n_chunks * chunk - len(states))).view(n_chunks, chunk, SKETCH),
     )
-    error = (rows.square().sum(2) * (1 - 1 / weights)).sum(1) @ (draw.counts / tile)
+    error = (rows.square().sum(2) * (1 - 1 / weights)).sum(1) @ (expected.counts / tile)
     size = (operands.token_factors[2] / largest * torch.linalg.vector_norm(states, dim=1)).square().nansum()
     return error / size.clamp_min(1e-30)
 
 
 def _grad_logits(
     operands: Operands,
-    draw: Draw,
-    first_slots: Tensor,  # (chunks + 1,)
-    bounds: Sequence[int],  # the same
+    slots: Slots,
     chunks: slice,
     out: Tensor,  # (slots, C)
     tile_sums: Tensor,  # (tiles, C), fp32
@@ -549,21 +566,22 @@ def _grad_logits(
     n_tokens, hidden_size = hidden.shape
     scale, softcap = operands.transform
     config = configs.lookup("sampled_grad_logits", configs.architecture(hidden.device), hidden.dtype, hidden_size)
-    most_tiles = max(end - start for start, end in pairwise(bounds[chunks.start : chunks.stop + 1])) // operands.tile
+    bounds = slots.bounds[chunks.start : chunks.stop + 1]
+    most_tiles = max(end - start for start, end in pairwise(bounds)) // operands.tile
     tma = tma_available(hidden)
     _sampled_grad_logits_kernel[((chunks.stop - chunks.start) * most_tiles * (operands.chunk // config.block_n),)](
         operand(hidden, [config.block_n, config.block_h], tma),
         operands.weight,
         operands.bias,
-        draw.columns[chunks],
-        draw.weights[chunks],
-        first_slots[chunks.start :],
+        slots.columns[bounds[0] :],
+        slots.weights[bounds[0] :],
+        slots.first_slots[chunks.start :],
         operands.targets[tokens],
         operands.token_factors[:, tokens].contiguous(),
         out,
         tile_sums,
         n_tokens,
-        bounds[chunks.start],
+        bounds[0],
         most_tiles,
         len(operands.weight),
         hidden_size,
@@ -610,14 +628,14 @@ def sampled_gradients(
         tokens = slice(chunks.start * chunk, chunks.stop * chunk)
         h, n_chunks, first_slot = hidden[tokens], chunks.stop - chunks.start, bounds[chunks.start]
         first_slots = slots.first_slots[chunks.start :]
-        _grad_logits(operands, slots.draw, slots.first_slots, bounds, chunks, workspace, tile_sums)
+        _grad_logits(operands, slots, chunks, workspace, tile_sums)
         if dhidden is not None:
             config = dhidden_config
             n_blocks = n_chunks * (chunk // config.block_n)
             _sampled_dhidden_kernel[(n_blocks * triton.cdiv(hidden_size, config.block_h),)](
                 workspace,
                 weight,
-                slots.draw.columns[chunks],
+                slots.columns[first_slot:],
                 first_slots,
                 tile_sums,
                 center if operands.transform[1] is None else None,
@@ -633,9 +651,9 @@ def sampled_gradients(
                 TILE=operands.tile,
                 **config.launch,
             )
-        if slots.draw.ranks is not None:
+        if slots.ranks is not None:
             config = dweight_config
-            ranks = slots.draw.ranks[chunks]
+            ranks = slots.ranks[chunks]
             order, tile_chunks, tile_counts = order_by_chunks(ranks, config.block_v)
             _sampled_dweight_kernel[
                 (triton.cdiv(vocab_size, config.block_v) * triton.cdiv(hidden_size, config.block_h),)
@@ -687,8 +705,11 @@ def order_by_chunks(
     """
     n_chunks, vocab_size = ranks.shape
     kept = ranks >= 0
-    bits = torch.arange(n_chunks, device=ranks.device) % 62
-    order = kept.long().bitwise_left_shift_(bits[:, None]).sum(0).argsort(stable=True)
+    keys = torch.zeros(vocab_size, dtype=torch.int64, device=ranks.device)
+    for first, some in zip(range(0, n_chunks, 16), kept.split(16), strict=True):  # as int64 all would be large
+        bits = torch.arange(first, first + len(some), device=ranks.device) % 62
+        keys += some.long().bitwise_left_shift_(bits[:, None]).sum(0)
+    order = keys.argsort(stable=True)
     sorted_kept = pad(kept[:, order], (0, -vocab_size % tile))
     active = sorted_kept.view(n_chunks, -1, tile).any(2).T.contiguous()
     tile_chunks = active.int().sort(dim=1, descending=True, stable=True).indices
@@ -722,7 +743,7 @@ def aot_signatures(arch: str) -> Iterator[Specialization]:
                     constants["TILE"] = configs.entries("sampled_grad_logits", arch, bits)[0][1].block_v
                 yield specialize(f"{name}_{dtype}_h{max_hidden or 'any'}", kernel, config, types, constants)
     floats = dict.fromkeys(("block_weights", "budgets", "errors", "sums", "weights"), "*fp32")
-    types = {"column_sq": "*bf16", **floats, **dict.fromkeys(("kept", "ranks"), "*i32")}
+    types = {"column_sq": "*bf16", **floats, **dict.fromkeys(("first_slots", "kept", "ranks"), "*i32")}
     sizes = {"BLOCKS": BLOCKS_PER_CHUNK, "CANDIDATES": CANDIDATES, "SEGMENT": SEGMENT}
     yield specialize("sampling_errors", _errors_kernel, SMALL, types, sizes)
     sizes |= {"SEGMENTS": 64, "TILE": 256}

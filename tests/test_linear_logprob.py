@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import triton
 from conftest import DEVICE, assert_as_good_as_plain, make_problem, make_text_like, plain_stats, relative_error
 from prefopt_fast.kernels import configs, linear_logprob, sampled_grad, tiles
 from prefopt_fast.kernels.dispatch import Options
@@ -187,6 +189,33 @@ def test_errors_of_dweight_that_add_up(size: float, device: str, always_sample: 
     for ours, truth in zip(found, expected.values(), strict=True):
         assert relative_error(ours, truth) < 2.0**-4
     assert report.columns_kept < 0.5 and report.estimated_error == pytest.approx(2.0**-4, rel=0.3)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU has an order of its own")
+@pytest.mark.parametrize("tolerance", [0.0, 0.1], ids=["exact", "sampled"])
+def test_programs_in_any_order_on_memory_of_any_content(tolerance: float, always_sample: None, monkeypatch) -> None:
+    """The interpreter runs a launch's programs one after the other, on memory that often is zero; a GPU does not."""
+    hidden, head, targets, upstream = many_chunks("cpu")
+    head = pf.LMHead(head.weight, torch.randn(300).requires_grad_())
+    targets[3::5] = -100
+    wanted = () if tolerance else pf.STATS
+
+    def everything() -> list[Tensor]:
+        stats = pf.token_logprobs(hidden, head, targets, wanted, tolerance, backend="triton")
+        values = [getattr(stats, name) for name in ("logprobs", *wanted)]
+        return [*values, *torch.autograd.grad(stats.logprobs, (hidden, head.weight, head.bias), upstream)]
+
+    def backwards(builder: Any, x: int, y: int, z: int) -> None:
+        builder.grid_idx = (builder.grid_dim[0] - 1 - x, y, z)
+
+    expected = everything()
+    monkeypatch.setattr(triton.runtime.interpreter.InterpreterBuilder, "set_grid_idx", backwards)
+    torch.use_deterministic_algorithms(True)  # which fills memory with NaN and the largest integers
+    try:
+        found = everything()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(ours, same) for ours, same in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("tolerance", [0.0, 0.1], ids=["exact", "sampled"])
