@@ -53,13 +53,16 @@ def load_preferences(source: str, split: str | None = None) -> datasets.Dataset:
 
     Raises:
         FileNotFoundError: a local path that does not exist.
-        ValueError: an unknown file type, a split that is not there, or no rows.
+        ValueError: an unknown file type, a file that cannot be read, a split that is not there, or no rows.
     """
     path = Path(source).expanduser()
     if path.is_file():
         if path.suffix not in _FILE_BUILDERS:
             raise ValueError(f"{source}: a preference file must end in {', '.join(_FILE_BUILDERS)}")
-        dataset = datasets.load_dataset(_FILE_BUILDERS[path.suffix], data_files=str(path), split=split or "train")
+        try:
+            dataset = datasets.load_dataset(_FILE_BUILDERS[path.suffix], data_files=str(path))
+        except datasets.exceptions.DatasetGenerationError as error:
+            raise ValueError(f"{source} cannot be read as {path.suffix}: {error.__cause__ or error}") from error
     elif path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
         saved = datasets.load_from_disk(str(path))
         dataset = saved if isinstance(saved, datasets.DatasetDict) else datasets.DatasetDict(train=saved)

@@ -382,6 +382,7 @@ def test_load_every_kind_of_local_source(tmp_path: Path, monkeypatch: pytest.Mon
         ("splits", "validation", "train, test"),
         ("splits", "train[:x]", "train, test"),
         ("saved", "test", "train"),
+        ("a.json", "test", "train"),
     ):
         with pytest.raises(ValueError, match=f"has the splits {splits}, not {re.escape(repr(split))}"):
             load_preferences(str(tmp_path / name), split)
@@ -401,6 +402,10 @@ def test_hub_ids_and_missing_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for missing in (str(tmp_path / "none"), "none.json", "./none", "a/b/c"):
         with pytest.raises(FileNotFoundError, match="does not exist"):
             load_preferences(missing)
+    monkeypatch.undo()
+    (tmp_path / "cut.jsonl").write_text(json.dumps(PAIR) + '\n{"prompt": ')
+    with pytest.raises(ValueError, match=r"cut.jsonl cannot be read as .jsonl: JSON parse error: .* in row 1"):
+        load_preferences(str(tmp_path / "cut.jsonl"))
     (tmp_path / "pairs.csv").write_text("a")
     with pytest.raises(ValueError, match=r"must end in .json, .jsonl, .parquet"):
         load_preferences(str(tmp_path / "pairs.csv"))
