@@ -148,7 +148,7 @@ def normalize(row: Mapping[str, Any], index: int, responses: Sequence[str] = RES
     if len({isinstance(value, str) for value in fields.values()}) > 1:
         kinds = ", ".join(f"{k} {'text' if isinstance(v, str) else 'messages'}" for k, v in fields.items())
         raise ValueError(f"row {index}: prompt and responses must all be text or all messages, found {kinds}")
-    template_kwargs = dict(_without_none(row.get("chat_template_kwargs") or {}))
+    template_kwargs = _without_none(row.get("chat_template_kwargs") or {})
     if tools := row.get("tools"):  # as text they never were Arrow's: what is null there is meant
         template_kwargs["tools"] = json.loads(tools) if isinstance(tools, str) else _without_none(tools)
     return {**fields, "template_kwargs": template_kwargs}
@@ -201,13 +201,13 @@ def _split_prompt(chosen: Text, rejected: Text, index: int, repeated: bool) -> d
     # One unit at least stays a response, also where one of the two begins the other.
     shortest = min(len(chosen), len(rejected)) - 1
     cut = next((i for i in range(shortest) if chosen[i] != rejected[i]), max(shortest, 0))
-    if cut <= 0 and not isinstance(chosen, str) and repeated:
-        raise ValueError(
-            f"row {index}: beside a prompt of text, chosen and rejected must be text, or messages that both begin with "
-            f"the assistant's answer, or both with the same other message; found first messages "
-            f"{chosen[0]!r:.80} and {rejected[0]!r:.80}"
-        )
     if cut <= 0 and not isinstance(chosen, str):
+        if repeated:
+            raise ValueError(
+                f"row {index}: beside a prompt of text, chosen and rejected must be text, or messages that both begin "
+                f"with the assistant's answer, or both with the same other message; found first messages "
+                f"{chosen[0]!r:.80} and {rejected[0]!r:.80}"
+            )
         raise ValueError(f"row {index} has no prompt, and its chosen and rejected begin with different messages")
     if isinstance(chosen, str) and cut > 0 and chosen[cut - 1] == " ":
         cut -= 1  # tokenizers keep a space with the word that follows it
