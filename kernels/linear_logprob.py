@@ -35,6 +35,7 @@ from .tiles import (
     dot_precision,
     grad_of_product,
     has_tma,
+    in_groups,
     kernel_operands,
     load_tile,
     merge_splits,
@@ -47,11 +48,7 @@ from .tiles import (
 )
 
 MAX_SPLITS = 256
-# Programs per multiprocessor: the last wave of programs is partly idle, so its share must be small …
-MIN_WAVES = 16
-# … and this many token blocks run side by side, over as many splits as fill the device, so that what they read of
-# hidden and weight stays in the L2 cache.
-TOKEN_BLOCKS_PER_GROUP = 16
+MIN_WAVES = 16  # programs per multiprocessor: the last wave of programs is partly idle, so its share must be small
 
 # N·V·H under which choosing columns costs more time than it saves, as measured on an H100.
 MIN_SAMPLED_WORK = 4e11
@@ -85,18 +82,11 @@ def _forward_kernel(
     SUM: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
-    GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    group_programs = GROUP * n_splits
-    first_block = program // group_programs * GROUP
-    group_blocks = min(tl.cdiv(n_tokens, BLOCK_N) - first_block, GROUP)
-    token_block = first_block + program % group_programs % group_blocks
-    split = program % group_programs // group_blocks
-
+    token_block, split = in_groups(tl.program_id(0), tl.cdiv(n_tokens, BLOCK_N), n_splits)
     first_token = token_block * BLOCK_N
     tokens = first_token + tl.arange(0, BLOCK_N)
     target = tl.load(targets + tokens, mask=tokens < n_tokens, other=-1).to(tl.int32)
@@ -308,7 +298,6 @@ def _grad_logits_kernel(
     HAS_SOFTCAP: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
-    GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -317,11 +306,8 @@ def _grad_logits_kernel(
     token_blocks = tl.cdiv(n_tokens, BLOCK_N)
     column_blocks = tl.cdiv(n_columns, BLOCK_V)
     for tile in tl.range(tl.program_id(0), token_blocks * column_blocks, tl.num_programs(0)):
-        group_tiles = GROUP * column_blocks
-        first_block = tile // group_tiles * GROUP
-        group_blocks = min(token_blocks - first_block, GROUP)
-        first_token = (first_block + tile % group_tiles % group_blocks) * BLOCK_N
-        column = tile % group_tiles // group_blocks * BLOCK_V
+        token_block, column_block = in_groups(tile, token_blocks, column_blocks)
+        first_token, column = token_block * BLOCK_N, column_block * BLOCK_V
 
         product = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
         for k in tl.range(0, hidden_size, BLOCK_H):
@@ -404,7 +390,6 @@ def forward_partials(
         **quantities,
         TMA=tma,
         PRECISION=dot_precision(),
-        GROUP=TOKEN_BLOCKS_PER_GROUP,
         **config.launch,
     )
     return partials, target_logits, column_sq
@@ -586,7 +571,6 @@ def _grad_logits(
         HAS_SOFTCAP=softcap is not None,
         TMA=tma,
         PRECISION=dot_precision(),
-        GROUP=TOKEN_BLOCKS_PER_GROUP,
         **config.launch,
     )
 
@@ -813,7 +797,7 @@ def linear_logprob(
 def aot_signatures(arch: str) -> Iterator[Specialization]:
     """Each kernel in each configuration that ``arch`` ("sm_90", "gfx942", …) runs, with WPO's statistics asked for."""
     tma = has_tma(arch)
-    shared = {"bias": None, "HAS_SOFTCAP": False, "TMA": tma, "PRECISION": "ieee", "GROUP": TOKEN_BLOCKS_PER_GROUP}
+    shared = {"bias": None, "HAS_SOFTCAP": False, "TMA": tma, "PRECISION": "ieee"}
     stats = {"SUM_SQ": True, "ENTROPY": False, "SUM": False}
     for bits, dtype in (("16", "bf16"), ("32", "fp32")):
         for max_hidden, config in configs.entries("forward", arch, bits):

@@ -41,6 +41,7 @@ from .tiles import (
     dot_precision,
     grad_of_product,
     has_tma,
+    in_groups,
     load_tile,
     operand,
     operand_type,
@@ -247,10 +248,9 @@ def _sampled_grad_logits_kernel(
 ):
     """∂loss/∂x on a tile of a chunk's slots, divided by π."""
     token_blocks = CHUNK // BLOCK_N
-    program = tl.program_id(0)
-    chunk = program // (most_tiles * token_blocks)
-    tile = program // token_blocks % most_tiles
-    within = program % token_blocks * BLOCK_N
+    # Chunks have many columns in common, about equally far along in each, as a chunk's ascend.
+    block, tile = in_groups(tl.program_id(0), tl.num_programs(0) // most_tiles, most_tiles)
+    chunk, within = block // token_blocks, block % token_blocks * BLOCK_N
     chunk_slot = tl.load(first_slots + chunk)
     if chunk_slot + tile * BLOCK_V >= tl.load(first_slots + chunk + 1):
         return

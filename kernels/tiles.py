@@ -20,6 +20,7 @@ from .configs import Config
 
 LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
 LN2: tl.constexpr = tl.constexpr(math.log(2.0))
+TOKEN_BLOCKS_PER_GROUP: tl.constexpr = tl.constexpr(16)
 
 # Sizes that change from call to call: a specialization for each that happens to be 1 or a multiple of 16 would compile
 # kernels in the middle of a run.
@@ -35,6 +36,19 @@ Result = TypeVar("Result")
 
 # Of kernels without a product, which Triton's defaults suit; their blocks are arguments.
 SMALL = Config(block_n=0, block_v=0, block_h=0, num_warps=4, num_stages=3)
+
+
+@triton.jit
+def in_groups(index, n_blocks, n_ranges):
+    """Token block and range of columns of one of n_blocks · n_ranges tiles.
+
+    A group of token blocks takes one range side by side, then the next, so that what programs of a moment read of hidden
+    and weight stays in the L2 cache.
+    """
+    group_tiles = TOKEN_BLOCKS_PER_GROUP * n_ranges
+    first_block = index // group_tiles * TOKEN_BLOCKS_PER_GROUP
+    group_blocks = min(n_blocks - first_block, TOKEN_BLOCKS_PER_GROUP)
+    return first_block + index % group_tiles % group_blocks, index % group_tiles // group_blocks
 
 
 @triton.jit
