@@ -42,8 +42,8 @@ SMALL = Config(block_n=0, block_v=0, block_h=0, num_warps=4, num_stages=3)
 def in_groups(index, n_blocks, n_ranges):
     """Token block and range of columns of one of n_blocks · n_ranges tiles.
 
-    A group of token blocks takes one range side by side, then the next, so that what programs of a moment read of hidden
-    and weight stays in the L2 cache.
+    A group of token blocks takes one range side by side, then the next, so that what the programs of a moment read of
+    hidden and weight stays in the L2 cache.
     """
     group_tiles = TOKEN_BLOCKS_PER_GROUP * n_ranges
     first_block = index // group_tiles * TOKEN_BLOCKS_PER_GROUP

@@ -29,10 +29,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .kernels import dispatch
+from .kernels.autograd import once_differentiable
 
 _IGNORED = -1  # among a rank's own targets, which are row numbers
 
@@ -91,6 +91,7 @@ class _VocabularyParallel(torch.autograd.Function):
             masked = ~ignored & torch.isneginf(bias).all()
         names = ["logsumexp", *stats, *(["max_logprob"] if "is_top1" in stats else [])]
         needs = [grad_enabled and need for need in ctx.needs_input_grad[:3]]
+        operands = (hidden, weight, bias)
         hidden, weight = hidden.detach().requires_grad_(needs[0]), weight.detach().requires_grad_(needs[1])
         bias = None if bias is None else bias.detach().requires_grad_(needs[2])
         with torch.set_grad_enabled(any(needs)):
@@ -124,9 +125,11 @@ class _VocabularyParallel(torch.autograd.Function):
             ignored,
             share,
             torch.where(here, -torch.expm1(shift), -share),
-            local["logprobs"] + local["logsumexp"],
+            local["logprobs"],
+            local["logsumexp"],
             outputs["logprobs"],
             outputs["logsumexp"],
+            *operands,
         )
         result = [outputs[name].masked_fill(ignored, 0) for name in ("logprobs", *stats)]
         ctx.mark_non_differentiable(*result[1:])
@@ -135,7 +138,7 @@ class _VocabularyParallel(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        rows, here, ignored, share, rest, row_logits, logprobs, logsumexp = ctx.saved_tensors
+        rows, here, ignored, share, rest, row_logprobs, row_lse, logprobs, logsumexp, *_ = ctx.saved_tensors
         hidden, weight, bias = ctx.operands
         scale, softcap = ctx.transform
         needed = [operand for operand in ctx.operands if operand is not None and operand.requires_grad]
@@ -149,7 +152,7 @@ class _VocabularyParallel(torch.autograd.Function):
             return grad_logits * scale if softcap is None else grad_logits * scale * (1 - (logits / softcap) ** 2)
 
         with torch.autocast(hidden.device.type, enabled=False):
-            factor = through_transform(grad * rest, row_logits)
+            factor = through_transform(grad * rest, row_logprobs + row_lse)
             if dhidden is not None:
                 dhidden = torch.addcmul(dhidden.to(grad.dtype), factor[:, None], weight[rows].to(grad.dtype))
                 dist.all_reduce(dhidden, group=ctx.group)
@@ -158,7 +161,9 @@ class _VocabularyParallel(torch.autograd.Function):
                 states = hidden.to(grad.dtype)
                 first = states @ weight[0].to(grad.dtype) + (0 if bias is None else bias[0])
                 first = scale * first if softcap is None else softcap * torch.tanh(scale * first / softcap)
-                miss = torch.where(here & (rows == 0), -torch.expm1(logprobs), -(first - logsumexp).clamp(max=0).exp())
+                # Where row 0 stands in for the target, the operator's own product knows it best.
+                probs = torch.where(here, (first - logsumexp).clamp(max=0).exp(), share * row_logprobs.exp())
+                miss = torch.where(here & (rows == 0), -torch.expm1(logprobs), -probs)
                 first_factor = through_transform(grad * miss, first)
                 if dweight is not None:
                     _add_rows(dweight, rows, factor, first_factor, states)

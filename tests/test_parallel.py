@@ -87,14 +87,19 @@ def compare(
             assert_as_good_as_plain(value, getattr(plain, name), expected, factor, name)
         assert not value[::5].any() and value.shape == targets.shape
     assert (ours.logprobs <= 0).all()
+    # The row that stands in for targets of other ranks may have a product of its own, in at least fp32, rounded unlike
+    # the rest: its probability is off by its logit's rounding even where it is nearly 1.
+    computed = torch.promote_types(dtype, torch.float32)
+    alone = float(truth.logsumexp.abs().max()) * torch.finfo(computed).eps / torch.finfo(dtype).eps
     for name, need, value, single, expected in zip(
         ("dhidden", "dweight", "dbias"), needs, our_grads, plain_grads, true_grads, strict=True
     ):
         assert (value is not None) == need
         if need:
-            assert_as_good_as_plain(value, single, expected, factor, name)
-            if name == "dweight":  # the row that stands in for targets of other ranks
-                assert_as_good_as_plain(value[0], single[0], expected[0], 1.5 * factor, "dweight[0]")
+            lax = factor if name == "dhidden" else max(factor, alone)
+            assert_as_good_as_plain(value, single, expected, lax, name)
+            if name == "dweight":
+                assert_as_good_as_plain(value[0], single[0], expected[0], 1.5 * lax, "dweight[0]")
 
 
 def check_vocabulary_parallel() -> None:
@@ -148,6 +153,16 @@ def check_bad_targets() -> None:
         pf.token_logprobs(hidden, head, targets.clamp(max=39).where(targets != 40, 40))
     with pytest.raises(ValueError, match="from 25 to 25; every rank needs the same"):
         pf.token_logprobs(hidden[:1], pf.LMHead(weight, group=dist.group.WORLD), torch.tensor([25]))
+
+
+def check_second_derivatives() -> None:
+    hidden, weight, targets = make_problem(6, VOCAB, HIDDEN)
+    hidden.requires_grad_()
+    head = pf.LMHead(weight[:20], group=dist.group.WORLD, vocab_start=20 * dist.get_rank())
+    logprobs = pf.token_logprobs(hidden, head, targets % 40).logprobs
+    (dhidden,) = torch.autograd.grad(logprobs.sum(), hidden, create_graph=True)
+    with pytest.raises(NotImplementedError, match="cannot be differentiated again"):
+        torch.autograd.grad(dhidden.square().sum(), hidden)
 
 
 def check_no_tokens() -> None:
@@ -418,6 +433,7 @@ WORLDS: dict[int, list[Callable[..., None]]] = {
         check_vocabulary_parallel,
         check_vocabulary_parallel_parts,
         check_vocabulary_parallel_sampled,
+        check_second_derivatives,
         check_no_tokens,
         check_sequences,
         check_fsdp2,
