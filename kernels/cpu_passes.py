@@ -29,19 +29,19 @@ logger = logging.getLogger(__name__)
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled passes; None where there is no compiler, or none that can."""
+    """The compiled passes; None where there is no compiler, none that can, or no folder for what it makes."""
     command = shlex.split(os.environ.get("CC", "cc"))
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        output = os.path.join(folder, "cpu_passes.so")
-        try:
+    try:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            output = os.path.join(folder, "cpu_passes.so")
             subprocess.run(
                 [*command, *FLAGS.split(), "-o", output, str(SOURCE), "-lm"], check=True, capture_output=True
             )
             compiled = ctypes.CDLL(output)
-        except (OSError, subprocess.SubprocessError) as error:
-            reason = getattr(error, "stderr", None) or str(error).encode()
-            logger.info("without passes in C, torch's take their place: %s", reason.decode(errors="replace").strip())
-            return None
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = getattr(error, "stderr", None) or str(error).encode()
+        logger.info("without passes in C, torch's take their place: %s", reason.decode(errors="replace").strip())
+        return None
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     compiled.exp_sums.argtypes = (number, pointer, number, number, pointer, pointer)
     compiled.keep_columns.argtypes = (

@@ -111,7 +111,7 @@ def _backward(ctx: Any, grad_sums: Tensor, grad_means: Tensor, *_: Tensor) -> tu
     if cu_seqlens is None:
         return grad[:, None] * mask, None, None, None
     positions = torch.arange(len(mask), device=mask.device)
-    return grad[torch.searchsorted(cu_seqlens[1:], positions, right=True)] * mask, None, None, None
+    return grad[torch.searchsorted(cu_seqlens[1:].contiguous(), positions, right=True)] * mask, None, None, None
 
 
 sequence_statistics.register_autograd(_backward, setup_context=_save_for_backward)

@@ -293,9 +293,10 @@ class _Pass:
     def total(self) -> Tensor:
         return self.rest + self.target
 
-    def overflowed(self) -> bool:
-        """Whether a sum of squares may have left the dtype's range."""
-        return bool((self.total > torch.finfo(self.shift.dtype).max ** 0.4).any())
+    def out_of_range(self) -> bool:
+        """Whether a sum of squares may have left the dtype's range: downwards only where the target is masked."""
+        largest = torch.finfo(self.shift.dtype).max ** 0.4
+        return bool(((self.total > largest) | (self.total < 1 / largest)).any())
 
     def target_coefficient(self) -> Tensor:
         """(C,) (1 − p_y) · slope_y."""
@@ -510,13 +511,15 @@ class _Forward:
             for tile, exp in walk.tiles(probs):
                 if expected is not None:
                     expected.addmm_(exp.T, head.rows(tile))
-            if not walk.overflowed():
+            if not walk.out_of_range():
                 break
-            # Logits that exceed the target's by more than exp can hold: from their true maximum instead.
+            # Logits farther from the target's, or from the 0 in its place, than exp can hold: from their true maximum
+            # instead, unless all are masked.
             maximum = _Pass(head, hidden, targets, ("is_top1",), shift, workspace)
             for _tile in maximum.tiles():
                 pass
-            shift = shift + maximum.largest.clamp(min=0)
+            masked = walk.target_logit == -torch.inf
+            shift = shift + maximum.largest.clamp(min=0).where(~masked, maximum.largest.nan_to_num(neginf=0.0))
         self.emit(rows, walk)
         total = walk.total
         if self.unscaled is not None:
@@ -584,7 +587,7 @@ class _Forward:
         found = _candidates(walk, bounds, lowest, typical, uniform)
         if found is None:
             return None
-        if walk.overflowed():
+        if walk.out_of_range():
             return [_Group(group, None, None) for group in groups]
         self.emit(rows, walk)
         candidates, squares = found

@@ -26,6 +26,13 @@ TRUNCATION_SIDES = ("prompt_start", "sequence_start", "sequence_end")
 IGNORE_INDEX = -100
 
 _FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+_UNREADABLE = (  # what datasets raises for files it can make nothing of; the last also for one without a line
+    datasets.exceptions.DatasetGenerationError,
+    datasets.data_files.EmptyDatasetError,
+    pa.ArrowException,
+    ValueError,
+    StopIteration,
+)
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?")
 _SHAREGPT_ROLES = {
     "system": "system",
@@ -56,27 +63,30 @@ def load_preferences(source: str, split: str | None = None) -> datasets.Dataset:
         ValueError: an unknown file type, a file that cannot be read, a split that is not there, or no rows.
     """
     path = Path(source).expanduser()
-    if path.is_file():
-        if path.suffix not in _FILE_BUILDERS:
-            raise ValueError(f"{source}: a preference file must end in {', '.join(_FILE_BUILDERS)}")
-        try:
-            dataset = datasets.load_dataset(_FILE_BUILDERS[path.suffix], data_files=str(path))
-        except datasets.exceptions.DatasetGenerationError as error:
-            raise ValueError(f"{source} cannot be read as {path.suffix}: {error.__cause__ or error}") from error
-    elif path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
-        saved = datasets.load_from_disk(str(path))
-        dataset = saved if isinstance(saved, datasets.DatasetDict) else datasets.DatasetDict(train=saved)
-    elif path.is_dir():
-        dataset = datasets.load_dataset(str(path), split=split)
-    else:
-        hub_id = hub_name(source)
-        dataset = datasets.load_dataset(hub_id["name"], hub_id["config"], split=split)
+    if path.is_file() and path.suffix not in _FILE_BUILDERS:
+        raise ValueError(f"{source}: a preference file must end in {', '.join(_FILE_BUILDERS)}")
+    try:
+        dataset = _load(path, source, split)
+    except _UNREADABLE as error:
+        raise ValueError(f"{source} cannot be read: {str(error.__cause__ or error) or 'it is empty'}") from error
     if isinstance(dataset, datasets.DatasetDict):
         name = split or ("train" if "train" in dataset or len(dataset) != 1 else next(iter(dataset)))
         dataset = dataset[name] if name in dataset else _slices(dataset, name, source)
     if len(dataset) == 0:
         raise ValueError(f"{source} has no rows")
     return dataset
+
+
+def _load(path: Path, source: str, split: str | None) -> datasets.Dataset | datasets.DatasetDict:
+    if path.is_file():
+        return datasets.load_dataset(_FILE_BUILDERS[path.suffix], data_files=str(path))
+    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        saved = datasets.load_from_disk(str(path))
+        return saved if isinstance(saved, datasets.DatasetDict) else datasets.DatasetDict(train=saved)
+    if path.is_dir():
+        return datasets.load_dataset(str(path))
+    hub_id = hub_name(source)
+    return datasets.load_dataset(hub_id["name"], hub_id["config"], split=split)
 
 
 def _slices(splits: datasets.DatasetDict, slices: str, source: str) -> datasets.Dataset:
@@ -149,8 +159,13 @@ def normalize(row: Mapping[str, Any], index: int, responses: Sequence[str] = RES
         kinds = ", ".join(f"{k} {'text' if isinstance(v, str) else 'messages'}" for k, v in fields.items())
         raise ValueError(f"row {index}: prompt and responses must all be text or all messages, found {kinds}")
     template_kwargs = _without_none(row.get("chat_template_kwargs") or {})
+    if not isinstance(template_kwargs, dict):
+        raise ValueError(f"row {index}, chat_template_kwargs: expected a dictionary, found {template_kwargs!r:.200}")
     if tools := row.get("tools"):  # as text they never were Arrow's: what is null there is meant
-        template_kwargs["tools"] = json.loads(tools) if isinstance(tools, str) else _without_none(tools)
+        try:
+            template_kwargs["tools"] = json.loads(tools) if isinstance(tools, str) else _without_none(tools)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"row {index}, tools: expected a list, or one as JSON text; {error}") from error
     return {**fields, "template_kwargs": template_kwargs}
 
 
@@ -319,9 +334,10 @@ def encode(
         raise ValueError(f"truncation_side must be one of {', '.join(TRUNCATION_SIDES)}; found {truncation_side!r}")
     if max_length is not None and max_length < 2:
         raise ValueError(f"max_length must hold a prompt token and a response token, found {max_length}")
-    if not responses or not set(responses) <= set(RESPONSES) or not set(boundaries) <= set(responses):
+    distinct = set(responses)
+    if not 0 < len(responses) == len(distinct) or not set(boundaries) <= distinct <= set(RESPONSES):
         found = f"{responses!r} and boundaries {boundaries!r}" if boundaries else repr(responses)
-        raise ValueError(f"responses must be some of {', '.join(RESPONSES)}; found {found}")
+        raise ValueError(f"responses must be some of {', '.join(RESPONSES)}, each once; found {found}")
     if boundaries and not tokenizer.is_fast:
         raise ValueError(f"boundaries need the character offsets of a fast tokenizer; found {type(tokenizer).__name__}")
     columns = ["row", "prompt_ids", *(f"{name}_ids" for name in responses)]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +49,39 @@ def publish(partial: Path, final: Path) -> None:
     _fsync(final.parent)
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Atomically."""
+def write_bytes(path: Path, content: bytes) -> None:
+    """All of the content under this name, or nothing, even if the machine stops."""
     partial = path.with_name(path.name + TEMPORARY)
-    partial.write_text(json.dumps(content, indent=2) + "\n")
+    partial.write_bytes(content)
     publish(partial, path)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """As :func:`write_bytes`."""
+    write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+@contextlib.contextmanager
+def locked(folder: Path, doing: str) -> Iterator[None]:
+    """Hold the folder's lock, which the system frees when the process ends, however it ends.
+
+    Where the file system has no locks, none is held.
+
+    Raises:
+        RuntimeError: another process holds it, "doing" the same.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise RuntimeError(f"another process is {doing} {folder}: wait for it, or use another folder") from None
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def prune(output_dir: Path, limit: int | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import dis
 import runpy
 import sys
 from collections.abc import Callable, Sequence
@@ -31,6 +32,7 @@ _EXTRAS = {
     "tensorboard": ("tensorboard",),
     "triton": ("triton",),
     "flash": ("flash_attn",),
+    "bench": ("pytest",),
 }
 
 Config = TypeVar("Config")
@@ -70,7 +72,10 @@ def _raised_here(error: Exception) -> bool:
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith(__package__)
+    if trace is None or not trace.tb_frame.f_globals.get("__name__", "").startswith(__package__):
+        return False
+    # Not what an operation of ours raised, such as a look-up: that is a defect, to be reported with its traceback.
+    return trace.tb_frame.f_code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
 def _fail(message: str, status: int) -> int:
@@ -185,7 +190,8 @@ def _flags_of_file(path: Path, names: list[str]) -> list[str]:
         raise ValueError(f"config {path} is not YAML: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"config {path} must be a mapping of options, found {type(content).__name__}")
-    if unknown := [str(name) for name in content if name not in names]:
+    content = {str(name).replace("-", "_"): value for name, value in content.items()}
+    if unknown := [name for name in content if name not in names]:
         raise ValueError(f"config {path} has unknown options {', '.join(unknown)}{_suggestion(unknown[0], names)}")
     flags: list[str] = []
     for name, value in content.items():

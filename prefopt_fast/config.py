@@ -5,6 +5,7 @@ Names are TRL's and transformers' where the meaning is the same. Nothing heavier
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -80,7 +81,7 @@ class ComputeOptions:
     backend: Literal["auto", "torch", "triton", "reference"] = _option("Implementation of the LM head.", "auto")
     bf16: bool | None = field(
         default=None,
-        metadata={"help": "bf16 autocast (default: on GPUs that have it).", "nargs": "?", "const": True},
+        metadata={"help": "bf16 autocast (default: on CUDA GPUs with bf16 units).", "nargs": "?", "const": True},
     )
     fp16: bool = _option("fp16 autocast; in training with loss scaling.", False)
 
@@ -93,7 +94,9 @@ class ComputeOptions:
         """Autocast's dtype, by the name that accelerate has for it."""
         if self.fp16:
             return "fp16"
-        on = torch.cuda.is_available() and torch.cuda.is_bf16_supported() if self.bf16 is None else self.bf16
+        on = self.bf16
+        if on is None:
+            on = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
         return "bf16" if on else "no"
 
 
@@ -264,6 +267,13 @@ class TrainConfig(ModelOptions, DataOptions, ObjectiveOptions, LoraOptions, Comp
         for name, least in at_least.items():
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name} must be at least {least}, found {getattr(self, name)}")
+        for name in ("learning_rate", "weight_decay", "adam_epsilon", "sft_weight", "num_train_epochs"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be finite, found {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be in [0, 2³²), found {self.seed}")
+        if not self.lora_alpha > 0:
+            raise ValueError(f"lora_alpha must be positive, found {self.lora_alpha}")
         if self.max_steps == 0 or (self.max_steps < 0 and not self.num_train_epochs > 0):
             raise ValueError(
                 f"max_steps or num_train_epochs must be positive, found {self.max_steps} and {self.num_train_epochs}"

@@ -18,7 +18,7 @@ from .batch import ResponseBatch
 from .checkpoint import LOGPROBS
 from .config import TrainConfig
 from .policy import load_model
-from .scoring import LogprobStore, StoreKey, data_digest, model_digest, require_key, score
+from .scoring import LogprobStore, StoreKey, data_digest, require_key, score
 from .segments import spread_over_segments
 
 if TYPE_CHECKING:
@@ -109,17 +109,18 @@ def scored(
 ) -> FrozenLogprobs:
     """Score the model ``source`` on ``encoded``, every process a share of it, or reuse the stores of an earlier run.
 
-    The model is freed before this returns. ``key`` is that of the policy's model on some data: its tokenizer and
-    truncation hold here too.
+    The model is freed before this returns. Of ``key``, that of all rows, each share has its own data.
     """
     directory = Path(config.logprobs_dir or Path(config.output_dir) / LOGPROBS)
     shares, world = [], accelerator.num_processes
     for process in range(min(world, len(encoded))):
         share = encoded.select(range(process, len(encoded), world))
-        share_key = replace(key, model=model_digest(source), data=data_digest(share))
+        share_key = replace(key, data=data_digest(share))
         settings = asdict(share_key) | {
             "batch_size": config.per_device_eval_batch_size,
             "dtype": config.dtype,
+            "attn_implementation": config.attn_implementation,
+            "backend": config.backend,
             "mixed_precision": accelerator.mixed_precision,
         }
         name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]

@@ -48,17 +48,19 @@ class LMHead:
         shape = parallel.full_shape(self.weight)
         if len(shape) != 2 or not self.weight.is_floating_point():
             raise ValueError(f"weight must be a floating-point (V, H) matrix, found {tuple(shape)} {self.weight.dtype}")
+        if self.bias is not None and not self.bias.is_floating_point():
+            raise ValueError(f"bias must be floating-point, found {self.bias.dtype}")
         if self.bias is not None and parallel.full_shape(self.bias) != shape[:1]:
             raise ValueError(
                 f"bias must have one entry for each of the {shape[0]} rows of weight {tuple(shape)}, "
                 f"found shape {tuple(parallel.full_shape(self.bias))}"
             )
-        if self.softcap is not None and not self.softcap > 0:
-            raise ValueError(f"softcap must be positive or None, found {self.softcap}")
-        if not self.logit_scale > 0:
-            raise ValueError(f"logit_scale must be positive, found {self.logit_scale}")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be positive, found {self.temperature}")
+        if self.softcap is not None and not 0 < self.softcap < math.inf:
+            raise ValueError(f"softcap must be positive and finite, or None, found {self.softcap}")
+        if not 0 < self.logit_scale < math.inf:
+            raise ValueError(f"logit_scale must be positive and finite, found {self.logit_scale}")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be positive and finite, found {self.temperature}")
         if self.vocab_start < 0 or (self.vocab_start and self.group is None):
             raise ValueError(
                 f"vocab_start must be this rank's first token id, 0 without a group; found {self.vocab_start} and "
@@ -69,6 +71,7 @@ class LMHead:
 
     @property
     def vocab_size(self) -> int:
+        """Rows of the weight: V, but with a ``group`` and plain tensors those of this rank."""
         return parallel.full_shape(self.weight)[0]
 
     @property
@@ -82,6 +85,7 @@ class LMHead:
         return self.logit_scale / self.temperature, softcap
 
     def with_temperature(self, temperature: float) -> LMHead:
+        """The same head at another temperature; raises ValueError where that is not positive."""
         return replace(self, temperature=temperature)
 
     @classmethod
@@ -96,11 +100,12 @@ class LMHead:
         Rows that only pad the vocabulary, as Inkling's configs say, are left out.
 
         Raises:
-            ValueError: the model has no output embedding, or one that is quantized in another way, not a linear map,
-                adapted by anything but plain LoRA, a part of one, or both sharded and padded.
+            ValueError: the model is an encoder-decoder, or has no output embedding, or one that is quantized in another
+                way, not a linear map, adapted by anything but plain LoRA, a part of one, or both sharded and padded.
         """
         while hasattr(model, "module") and not hasattr(model, "get_output_embeddings"):
             model = model.module  # DistributedDataParallel and its like
+        require_decoder(model)
         layer = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         if layer is None:
             raise ValueError(f"{type(model).__name__} has no output embedding: a causal language model is needed")
@@ -121,6 +126,8 @@ class LMHead:
             weight, bias = weight[:used], None if bias is None else bias[:used]
 
         def product(names: tuple[str, ...]) -> float:
+            if config.model_type == "mpt":  # whose logit_scale goes unused
+                return 1.0
             return math.prod(float(factor) for name in names if (factor := getattr(config, name, None)) is not None)
 
         softcaps = [cap for name in _SOFTCAPS if (cap := getattr(config, name, None))]
@@ -131,9 +138,15 @@ class LMHead:
             weight,
             bias,
             softcap=softcaps[0] if softcaps else None,
-            logit_scale=1.0 if config.model_type == "mpt" else factor / divisor,  # whose logit_scale goes unused
+            logit_scale=factor / divisor,
             group=parallel.tensor_parallel_group(weight),
         )
+
+
+def require_decoder(model: Any) -> None:
+    """Raise ValueError for an encoder-decoder, which would read the response that it is to predict."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(f"{type(model).__name__} is an encoder-decoder: a causal language model is needed")
 
 
 # What configs call what their models do to logits: Gemma, RecurrentGemma and xLSTM; Cohere, Falcon-H1 and Muse; Granite

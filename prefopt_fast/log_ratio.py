@@ -48,6 +48,7 @@ def token_log_ratio(
     pairs = ((aligned_hidden, aligned_head), (ref_hidden, ref_head))
     for hidden, head in pairs:
         validate_inputs(hidden, head, targets, (), ignore_index)
+    targets = targets.long()
     length = None
     if targets.dim() != 1 or cu_seqlens is not None:
         length = segment_sum(targets != ignore_index, cu_seqlens)

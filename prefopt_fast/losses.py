@@ -335,10 +335,11 @@ def hyperparameter_names(mixture: Iterable[str]) -> list[str]:
 
 def log_odds_ratio(chosen: Tensor, rejected: Tensor) -> Tensor:
     """ORPO's log odds(y_w) − log odds(y_l), odds(y) = p / (1 − p), from length-normalised log-probs."""
+    given, dtype = chosen.dtype, torch.promote_types(chosen.dtype, torch.float32)
     # Of p = 1 to the last digit the odds are infinite; those of a rounding less, with the same slope, are not.
-    below = -torch.finfo(chosen.dtype).eps
-    chosen, rejected = (x - (x - below).clamp(min=0).detach() for x in (chosen, rejected))
-    return (chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected))
+    below = -torch.finfo(dtype).eps
+    chosen, rejected = (x - (x - below).clamp(min=0).detach() for x in (chosen.to(dtype), rejected.to(dtype)))
+    return ((chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected))).to(given)
 
 
 def _logistic(margin: Tensor, label_smoothing: float) -> Tensor:
@@ -368,7 +369,12 @@ def _total(logprobs: SequenceLogprobs | Tensor) -> Tensor:
 
 
 def _require_one_shape(dimensions: int, **arguments: SequenceLogprobs | Tensor | None) -> None:
-    shapes = {name: tuple(_total(value).shape) for name, value in arguments.items() if value is not None}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, value in arguments.items():
+        if value is not None:
+            shapes[name] = tuple(_total(value).shape)
+        if isinstance(value, SequenceLogprobs):
+            shapes |= {f"{name}.{field}": tuple(getattr(value, field).shape) for field in ("mean", "length")}
     if len({*shapes.values()}) > 1 or len(next(iter(shapes.values()))) != dimensions:
         expected = ("(B,)", "(B, T)")[dimensions - 1]
         raise ValueError(

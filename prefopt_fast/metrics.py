@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import METRICS_FILE, TEMPORARY, publish
+from .checkpoint import METRICS_FILE, TEMPORARY, publish, write_bytes
 
 EVAL = "eval_"
 HEAD = "head/"  # what is told of the head's gradient
@@ -60,9 +60,7 @@ class MetricsLog:
     def __init__(self, output_dir: Path, step: int, tensorboard: bool = False):
         self.path = output_dir / METRICS_FILE
         kept = [line for line in read_lines(self.path) if line["step"] <= step]
-        partial = self.path.with_name(self.path.name + TEMPORARY)
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        publish(partial, self.path)
+        write_bytes(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self._file = self.path.open("a")
         self._writer = None
         if tensorboard:

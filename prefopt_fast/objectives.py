@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -184,7 +185,8 @@ def _halves(stats: TokenStats, cu_seqlens: Tensor, frozen: Mapping[str, Tensor])
     policy = sequence_logprobs(stats, cu_seqlens)
     ref = frozen.get("ref")
     if ref is not None and ref.shape != policy.sum.shape:
-        ref = sequence_logprobs(TokenStats(ref, stats.mask), cu_seqlens).sum  # as the policy's: equal tokens, reward 0
+        # Summed as the policy's are: equal tokens have reward 0.
+        ref = sequence_logprobs(replace(stats, logprobs=ref), cu_seqlens).sum
     chosen, rejected = map(_Response, policy.chunk(2), (None, None) if ref is None else ref.chunk(2))
     return chosen, rejected
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .batch import ResponseBatch, hub_name
-from .head import LMHead
+from .head import LMHead, require_decoder
 from .packing import pack, packable
 from .parallel import localize
 from .token_stats import TokenStats, token_logprobs
@@ -128,8 +128,8 @@ def find_backbone(model: nn.Module) -> nn.Module:
     """The causal LM's module below its head, through PEFT (adapters live inside it) and ``.module`` wrappers.
 
     Raises:
-        ValueError: prompt-learning PEFT, whose virtual tokens only the whole model adds; a model without a backbone of
-            its own.
+        ValueError: prompt-learning PEFT, whose virtual tokens only the whole model adds; an encoder-decoder; a model
+            without a backbone of its own.
     """
     causal_lm: Any = model
     while hasattr(causal_lm, "module") and not hasattr(causal_lm, "get_output_embeddings"):
@@ -146,7 +146,21 @@ def find_backbone(model: nn.Module) -> nn.Module:
     if backbone is causal_lm:
         name = type(causal_lm).__name__
         raise ValueError(f"{name} has no backbone apart from a head: a causal language model is needed")
-    return backbone
+    require_decoder(causal_lm)
+    # What OPT, Bart and their like have for a model only passes on to its decoder, which their causal LMs call.
+    decoder: Any = getattr(backbone, "decoder", None)
+    return decoder if hasattr(decoder, "embed_tokens") else backbone
+
+
+@contextlib.contextmanager
+def kept_hidden_states(model: nn.Module) -> Iterator[list[Tensor]]:
+    """(S, T, H) of each forward pass of ``model`` within, as the head is given them."""
+    kept: list[Tensor] = []
+    hook = find_backbone(model).register_forward_hook(lambda _, __, output: kept.append(output.last_hidden_state))
+    try:
+        yield kept
+    finally:
+        hook.remove()
 
 
 def position_limit(model: nn.Module) -> int | None:
@@ -210,8 +224,9 @@ def verify_head(
     Raises:
         ValueError: logits that differ by more than rounding, or are not finite.
     """
-    with _evaluation(model):
-        expected = model(input_ids=input_ids, use_cache=False).logits.double()
+    with evaluation(model):
+        with _own_forward(model):
+            expected = model(input_ids=input_ids, use_cache=False).logits.double()
         hidden = find_backbone(model)(input_ids=input_ids, use_cache=False).last_hidden_state
         head = localize(LMHead.from_model(model), hidden.dtype)
         logits = nn.functional.linear(hidden, head.weight.to(hidden.dtype)).double()
@@ -250,7 +265,7 @@ def verify_packing(model: nn.Module) -> bool:
     mask = torch.ones_like(pair)
     mask[0, ids.shape[1] :] = 0
     positions = mask.flatten().nonzero().squeeze(-1)
-    with _evaluation(model), _short_windows(backbone):
+    with evaluation(model), _short_windows(backbone):
         padded = hidden_states(model, pair, mask, positions, packs=False, pairs=1)
         try:
             packed = hidden_states(model, pair, mask, positions, packs=True, pairs=1)
@@ -269,7 +284,7 @@ def _epsilon(device: torch.device, *dtypes: torch.dtype) -> float:
 
 
 @contextlib.contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
+def evaluation(model: nn.Module) -> Iterator[None]:
     """Every module in evaluation mode, and afterwards back in the mode it was in."""
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -278,6 +293,20 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextlib.contextmanager
+def _own_forward(model: nn.Module) -> Iterator[None]:
+    """Without the autocast that Accelerate leaves in the forward of a model that it has trained."""
+    forward = vars(model).get("forward")
+    if forward is None or "_original_forward" not in vars(model):
+        yield
+        return
+    del model.forward
+    try:
+        yield
+    finally:
+        model.forward = forward
 
 
 def _attributes(backbone: nn.Module) -> list[dict[str, Any]]:
@@ -316,21 +345,20 @@ def load_model(
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
 ) -> nn.Module:
-    """A causal LM from a folder or hub id, safetensors only; from a folder with a PEFT adapter, its base with it.
+    """A causal LM from a folder or hub id, safetensors only; from a PEFT adapter, its base with it.
 
     Raises:
         FileNotFoundError: a local path that does not exist, or a hub id that cannot be reached.
-        ValueError: a folder without safetensors weights.
+        ValueError: a folder without safetensors weights, or that transformers cannot load.
     """
     from transformers import AutoModelForCausalLM
 
-    if is_adapter(source):
-        from peft import PeftConfig, PeftModel
-
-        require_safetensors(source)
-        base = PeftConfig.from_pretrained(source).base_model_name_or_path
-        return PeftModel.from_pretrained(load_model(base, dtype, trust_remote_code, attn_implementation), source)
     with _explained(source):
+        if is_adapter(source):
+            from peft import PeftConfig, PeftModel
+
+            base = PeftConfig.from_pretrained(source).base_model_name_or_path
+            return PeftModel.from_pretrained(load_model(base, dtype, trust_remote_code, attn_implementation), source)
         return AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
@@ -345,7 +373,7 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
 
     Raises:
         FileNotFoundError: a local path that does not exist, or a hub id that cannot be reached.
-        ValueError: neither a padding nor an EOS token.
+        ValueError: nothing that transformers can load, or neither a padding nor an EOS token.
     """
     from transformers import AutoTokenizer
 
@@ -359,8 +387,10 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
 
 
 def is_adapter(source: str) -> bool:
-    """Whether a local folder holds a PEFT adapter instead of a model."""
-    return (Path(source) / "adapter_config.json").is_file()
+    """Whether a folder, or a hub id, holds a PEFT adapter instead of a model."""
+    from transformers.utils import find_adapter_config_file
+
+    return find_adapter_config_file(source) is not None
 
 
 def require_safetensors(folder: str | Path) -> list[Path]:
@@ -372,16 +402,18 @@ def require_safetensors(folder: str | Path) -> list[Path]:
 
 @contextlib.contextmanager
 def _explained(source: str, weights: bool = True) -> Iterator[None]:
-    """Bad paths before any work, and transformers' OSError for an id it cannot find as what it most likely means."""
-    if Path(source).is_dir():
-        if weights:
-            require_safetensors(source)
-        yield
-        return
-    hub_name(source)
+    """Bad paths before any work; transformers' errors say what they are about, and its OSError for an id it cannot
+    find says what that most likely means."""
+    folder = Path(source).is_dir()
+    if folder and weights:
+        require_safetensors(source)
+    if not folder:
+        hub_name(source)
     try:
         yield
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        if folder or isinstance(error, ValueError):
+            raise ValueError(f"{source} cannot be loaded: {error}") from error
         raise FileNotFoundError(
             f"{source} is no folder here, and could not be read from the Hugging Face hub: {error}"
         ) from error

@@ -8,11 +8,10 @@ under another name and renamed, so what is there is whole.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .batch import RESPONSES, ResponseBatch, collate, hub_name
+from .checkpoint import TEMPORARY, locked, write_bytes
 from .policy import ResponseModel, is_adapter, require_positions, require_safetensors
 
 _PLAN, _STORE = "plan.json", "store.json"
@@ -177,7 +177,7 @@ def score(
         longest = encoded[shards[0][0][0]]
         require_positions(model, len(longest["prompt_ids"]) + max(len(longest[f"{name}_ids"]) for name in responses))
     out.mkdir(parents=True, exist_ok=True)
-    with _locked(out):
+    with locked(out, "writing the store"):
         _begin(out, plan)
         if LogprobStore.finished(out):
             return LogprobStore.open(out, key)
@@ -197,10 +197,10 @@ def score(
                         scorer, collate([encoded[i] for i in batch], responses, pad_token_id).to(device), columns
                     )
                     bar.update(len(batch))
-                _write_atomically(file, _shard_bytes(columns))
+                write_bytes(file, _shard_bytes(columns))
         files = {_shard_name(number): out / _shard_name(number) for number in range(len(shards))}
         entries = {name: {"bytes": file.stat().st_size, "sha256": _digest(file)} for name, file in files.items()}
-        _write_atomically(out / _STORE, _json_bytes(plan | {"files": entries}))
+        write_bytes(out / _STORE, _json_bytes(plan | {"files": entries}))
     return LogprobStore.open(out, key)
 
 
@@ -247,9 +247,9 @@ def _begin(out: Path, plan: dict[str, Any]) -> None:
                 f"{out} was begun with {there['settings']}, found {plan['settings']}: use the same, or another folder"
             )
         return
-    if foreign := sorted(file.name for file in out.iterdir() if file.name != f"{_PLAN}.tmp"):
+    if foreign := sorted(file.name for file in out.iterdir() if file.name != _PLAN + TEMPORARY):
         raise ValueError(f"{out} holds other files ({', '.join(foreign[:5])}): give the store a folder of its own")
-    _write_atomically(out / _PLAN, _json_bytes(plan))
+    write_bytes(out / _PLAN, _json_bytes(plan))
 
 
 def require_key(path: Path, found: Mapping[str, Any], expected: StoreKey) -> None:
@@ -318,40 +318,6 @@ def _lengths(encoded: datasets.Dataset, column: str) -> np.ndarray:
     )
 
 
-def _write_atomically(file: Path, content: bytes) -> None:
-    """All of the content under this name, or nothing, even if the machine stops."""
-    temporary = file.with_name(f"{file.name}.tmp")
-    with open(temporary, "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.rename(file)
-    with _directory(file.parent) as descriptor:
-        os.fsync(descriptor)
-
-
-@contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Hold the folder's lock, which the system frees when the process ends, however it ends."""
-    with _directory(out) as descriptor:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RuntimeError(
-                f"another process is writing the store {out}: wait for it, or use another folder"
-            ) from None
-        yield
-
-
-@contextlib.contextmanager
-def _directory(path: Path) -> Iterator[int]:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
 def model_digest(source: str) -> str:
     """SHA-256 of the configuration and safetensors files in a folder or of a hub id; with an adapter, of its base too.
 
@@ -416,7 +382,7 @@ def _cached_digest(file: Path) -> str:
     digest = _digest(file)
     with contextlib.suppress(OSError):  # a home that cannot be written costs time alone
         cache.mkdir(parents=True, exist_ok=True)
-        _write_atomically(entry, digest.encode())
+        write_bytes(entry, digest.encode())
     return digest
 
 

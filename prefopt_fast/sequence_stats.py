@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -36,7 +37,12 @@ def sequence_logprobs(stats: TokenStats, cu_seqlens: Tensor | None = None) -> Se
         ValueError: a layout that does not fit, or (on the CPU) a sequence without a scored token. On accelerators,
             where looking would cost a synchronization, such a sequence's mean is NaN.
     """
-    return _reduce(stats.logprobs, stats.mask, cu_seqlens)
+    if (fused := _fused(stats, None, cu_seqlens)) is not None:
+        return SequenceLogprobs(*fused[:3])
+    length = segment_sum(stats.mask, cu_seqlens)
+    require_tokens(length)
+    total = segment_sum(torch.where(stats.mask, stats.logprobs, 0.0), cu_seqlens)
+    return SequenceLogprobs(total, total / length, length)
 
 
 def wpo_weights(stats: TokenStats, alignment: str = "sampled", cu_seqlens: Tensor | None = None) -> Tensor:
@@ -52,13 +58,15 @@ def wpo_weights(stats: TokenStats, alignment: str = "sampled", cu_seqlens: Tenso
         ValueError: an unknown alignment, a statistic that ``stats`` lacks, or what sequence_logprobs raises.
     """
     name = alignment_stat(alignment)
-    aligned = stats.logprobs.detach()
-    if name is not None:
-        statistic = getattr(stats, name)
-        if statistic is None:
-            raise ValueError(f'alignment "{alignment}" needs token_logprobs(..., stats=("{name}",))')
-        aligned = aligned - statistic
-    return _reduce(aligned, stats.mask, cu_seqlens).mean.exp()
+    statistic = None if name is None else getattr(stats, name)
+    if name is not None and statistic is None:
+        raise ValueError(f'alignment "{alignment}" needs token_logprobs(..., stats=("{name}",))')
+    stats = replace(stats, logprobs=stats.logprobs.detach())
+    if (fused := _fused(stats, statistic, cu_seqlens)) is not None:
+        return fused[3]
+    if statistic is not None:
+        stats = replace(stats, logprobs=stats.logprobs - statistic)
+    return sequence_logprobs(stats, cu_seqlens).mean.exp()
 
 
 def alignment_stat(alignment: str) -> str | None:
@@ -68,20 +76,20 @@ def alignment_stat(alignment: str) -> str | None:
     return ALIGNMENTS[alignment]
 
 
-def _reduce(
-    logprobs: Tensor,  # (B, T), or (N,) with cu_seqlens
-    mask: Tensor,  # of the same shape
+def _fused(
+    stats: TokenStats,
+    alignment: Tensor | None,  # of the log-probs' shape
     cu_seqlens: Tensor | None,  # (B + 1,)
-) -> SequenceLogprobs:
-    _check_layout(logprobs, cu_seqlens)
-    if logprobs.dtype == torch.float32 and resolve_backend("auto", logprobs.device) == "triton":
-        from .kernels.sequence_statistics import sequence_statistics
+) -> tuple[Tensor, ...] | None:
+    """Sums, means, lengths and WPO weights in one launch; None where Triton does not compute them."""
+    _check_layout(stats.logprobs, cu_seqlens)
+    if stats.logprobs.dtype != torch.float32 or resolve_backend(stats.backend, stats.logprobs.device) != "triton":
+        return None
+    from .kernels.sequence_statistics import sequence_statistics
 
-        return SequenceLogprobs(*sequence_statistics(logprobs, mask, None, cu_seqlens)[:3])
-    length = segment_sum(mask, cu_seqlens)
-    require_tokens(length)
-    total = segment_sum(torch.where(mask, logprobs, 0.0), cu_seqlens)
-    return SequenceLogprobs(total, total / length, length)
+    found = sequence_statistics(stats.logprobs, stats.mask, alignment, cu_seqlens)
+    require_tokens(found[2])
+    return found
 
 
 def segment_sum(
@@ -97,7 +105,7 @@ def segment_sum(
     # index_add sums one by one: of thousands of tokens fp32 would lose digits, and 16 bits everything.
     wide = torch.float64 if real and values.device.type in ("cpu", "cuda") else dtype
     positions = torch.arange(len(values), device=values.device)
-    sequence = torch.searchsorted(cu_seqlens[1:], positions, right=True)
+    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), positions, right=True)
     sums = torch.zeros(len(cu_seqlens) - 1, dtype=wide, device=values.device)
     return sums.index_add(0, sequence, values.to(wide)).to(dtype)
 

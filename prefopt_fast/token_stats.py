@@ -54,6 +54,7 @@ class TokenStats:
     logsumexp: log Σ_v exp z_v.
     The statistics are detached, and None unless asked for.
     report: what grad_report reads.
+    backend: what was asked for, which sums over sequences keep to.
     """
 
     logprobs: Tensor
@@ -65,6 +66,7 @@ class TokenStats:
     is_top1: Tensor | None = None
     logsumexp: Tensor | None = None
     report: dispatch.Report | None = field(default=None, repr=False)
+    backend: str = field(default="auto", repr=False)
 
     @property
     def grad_report(self) -> GradReport | None:
@@ -108,7 +110,9 @@ def token_logprobs(
         stats: extra statistics, any of ``prefopt_fast.STATS``.
         grad_tolerance: allowed relative error (Frobenius) of the gradients: 0.0 for exact ones; "auto" for the unit
             roundoff of the hidden states' dtype, under autocast of its (float32 and float64: exact); a number; or a
-            pair (of dhidden, of dweight).
+            pair (of dhidden, of dweight). The torch path draws in the forward, for upstream gradients that do not
+            single out tokens: of those alone that the model is all but certain of, whose gradients are next to nothing,
+            the error can be many times that.
         backend: "auto", "torch", "triton" or "reference". What cannot run raises.
         ignore_index: targets with this value are not computed.
         seed: of the column sampling behind an inexact gradient; equal inputs and seed give equal bits, on the torch
@@ -121,11 +125,12 @@ def token_logprobs(
         RuntimeError, NotImplementedError: a backend that cannot run here.
     """
     validate_inputs(hidden, head, targets, stats, ignore_index)
+    targets = targets.long()  # before any comparison: no narrow type holds −100, or a vocabulary's size
     hidden = hidden.to(product_dtype(hidden))
     tolerances = resolve_grad_tolerance(grad_tolerance, hidden.dtype)
     head = parallel.localize(head, hidden.dtype)
     weight = product_weight(hidden, head)
-    operands = (hidden.reshape(-1, hidden.shape[-1]), weight, head.bias, targets.reshape(-1).long(), head.transform)
+    operands = (hidden.reshape(-1, hidden.shape[-1]), weight, head.bias, targets.reshape(-1), head.transform)
     how = (tuple(stats), dispatch.Options(tolerances, ignore_index, seed), backend)
     if head.group is None:
         outputs, report = dispatch.linear_logprob(*operands, *how)
@@ -134,7 +139,7 @@ def token_logprobs(
 
         outputs, report = vocab_parallel.linear_logprob(*operands, *how, head.group, head.vocab_start)
     shaped = {name: value.reshape(targets.shape) for name, value in outputs.items()}
-    return TokenStats(mask=targets != ignore_index, report=report, **shaped)
+    return TokenStats(mask=targets != ignore_index, report=report, backend=backend, **shaped)
 
 
 def product_dtype(hidden: Tensor) -> torch.dtype:
@@ -197,6 +202,7 @@ def validate_inputs(hidden: Tensor, head: LMHead, targets: Tensor, stats: tuple[
     thorough = not compiling and _check_inputs.get()
     # Shards of a vocabulary are compared with the targets together, in vocab_parallel.py.
     if (targets.device.type == "cpu" or thorough) and not compiling and head.group is None:
+        targets = targets.long()
         bad = ((targets < 0) | (targets >= head.vocab_size)) & (targets != ignore_index)
         if count := int(bad.sum()):
             raise ValueError(

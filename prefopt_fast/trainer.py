@@ -122,7 +122,8 @@ def train(config: TrainConfig) -> Path:
         ValueError, FileNotFoundError: options, models, data or stores that do not fit, or an ``output_dir`` that holds
             another run: before any work.
         Interrupted: SIGINT or SIGTERM, to any of the processes; a checkpoint was written.
-        FloatingPointError: a loss or gradient that is not finite; nothing is saved of it.
+        FloatingPointError: a loss, gradient or weight that is not finite; nothing is saved of it.
+        RuntimeError: another process is training in ``output_dir``.
         ModuleNotFoundError: TensorBoard is to be written and is not installed.
     """
     objective = make_objective(config)
@@ -133,9 +134,9 @@ def train(config: TrainConfig) -> Path:
     output_dir = Path(config.output_dir)
     identity = _identity(config, accelerator)
     checkpoint.compare(output_dir, identity)
+    tokenizer = load_tokenizer(config.model, config.trust_remote_code)
     if is_adapter(config.model):
         raise ValueError(f"{config.model} is a PEFT adapter: merge it into its base to train on from it")
-    tokenizer = load_tokenizer(config.model, config.trust_remote_code)
     if config.use_peft:
         _require_adapters(config)
     weak_tokenizer = _weak_tokenizer(config, tokenizer)
@@ -171,39 +172,50 @@ def train(config: TrainConfig) -> Path:
     identity |= {name: rows and data_digest(rows) for name, rows in beside.items()}
     identity |= {name: model_digest(source) for name, source in sources.items()}
     identity |= {name: store.key.model for name, store in stores.items()}
-    with accelerator.main_process_first():
-        finished = checkpoint.claim(output_dir, identity)
-    if finished:
-        done = "nothing to do"
-        if config.merge_adapter and not (output_dir / MERGED).exists():
-            done = f"merged into {output_dir / MERGED}"
-            if accelerator.is_main_process:
-                _save_merged(_load_adapter(_load_policy(config, config.model), output_dir), tokenizer, output_dir)
-        accelerator.print(f"{output_dir} holds this run, finished after {plan.steps} steps: {done}")
-        return output_dir
+    with _claimed(output_dir, identity, accelerator) as finished:
+        if finished:
+            done = "nothing to do"
+            if config.merge_adapter and not (output_dir / MERGED).exists():
+                done = f"merged into {output_dir / MERGED}"
+                if accelerator.is_main_process:
+                    _save_merged(_load_adapter(_load_policy(config, config.model), output_dir), tokenizer, output_dir)
+            accelerator.print(f"{output_dir} holds this run, finished after {plan.steps} steps: {done}")
+            return output_dir
 
-    def freeze(pairs: Pairs) -> dict[str, FrozenLogprobs | SegmentIds]:
-        result: dict[str, Any] = {name: frozen[name] for name in objective.frozen if name in frozen}
-        if pairs.segments is not None:
-            result["segments"] = SegmentIds(pairs.segments)
-        for name, source in sources.items():
-            rows, its_tokenizer, spread = pairs.encoded, tokenizer, None
-            if pairs.weak is not None and name != "ref":
-                rows, its_tokenizer = pairs.weak, weak_tokenizer
-                spread = result["segments"].spread if "segments" in result else spread_mean
-            own_key = StoreKey.of(source, its_tokenizer, rows, config.max_length, config.truncation_side)
-            result[name] = scored(source, rows, own_key, config, its_tokenizer, accelerator, spread)
-        return result
+        def freeze(pairs: Pairs) -> dict[str, FrozenLogprobs | SegmentIds]:
+            result: dict[str, Any] = {name: frozen[name] for name in objective.frozen if name in frozen}
+            if pairs.segments is not None:
+                result["segments"] = SegmentIds(pairs.segments)
+            for name, source in sources.items():
+                rows, its_tokenizer, spread = pairs.encoded, tokenizer, None
+                if pairs.weak is not None and name != "ref":
+                    rows, its_tokenizer = pairs.weak, weak_tokenizer
+                    spread = result["segments"].spread if "segments" in result else spread_mean
+                own_key = StoreKey.of(source, its_tokenizer, rows, config.max_length, config.truncation_side)
+                result[name] = scored(source, rows, own_key, config, its_tokenizer, accelerator, spread)
+            return result
 
-    visited = {positions[i] for batch in plan.batches() for i in batch}
-    needed = freeze(pairs.select(sorted(visited | set(held_out))))
-    train_split = Split(pairs.encoded.select(positions), needed)
-    eval_split = Split(pairs.encoded.select(held_out), needed) if held_out else None
-    if eval_pairs is not None:
-        eval_split = Split(eval_pairs.encoded, freeze(eval_pairs))
-    loop = Loop(config, objective, accelerator, tokenizer, plan, train_split, eval_split)
-    loop.run()
+        visited = {positions[i] for batch in plan.batches() for i in batch}
+        needed = freeze(pairs.select(sorted(visited | set(held_out))))
+        train_split = Split(pairs.encoded.select(positions), needed)
+        eval_split = Split(pairs.encoded.select(held_out), needed) if held_out else None
+        if eval_pairs is not None:
+            eval_split = Split(eval_pairs.encoded, freeze(eval_pairs))
+        loop = Loop(config, objective, accelerator, tokenizer, plan, train_split, eval_split)
+        loop.run()
     return output_dir
+
+
+@contextlib.contextmanager
+def _claimed(output_dir: Path, identity: dict[str, Any], accelerator: Accelerator) -> Iterator[bool]:
+    """Hold the folder for this run, against others; whether it holds the run finished already."""
+    with contextlib.ExitStack() as held:
+        with accelerator.main_process_first():
+            if accelerator.is_main_process:
+                output_dir.mkdir(parents=True, exist_ok=True)
+                held.enter_context(checkpoint.locked(output_dir, "training in"))
+            finished = checkpoint.claim(output_dir, identity)
+        yield finished
 
 
 class Loop:
@@ -291,6 +303,7 @@ class Loop:
                         f"stopped after step {self.step} of {self.plan.steps}; the same command goes on from there"
                     )
         bar.close()
+        self._require_finite_weights()
         self._save_model()
         if log is not None:
             log.close()
@@ -325,6 +338,14 @@ class Loop:
             self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         return grad_norm
+
+    def _require_finite_weights(self) -> None:
+        """What the gradients cannot tell: that the last update went beyond the weights' range."""
+        if not all(bool(p.isfinite().all()) for p in self.policy.parameters() if p.requires_grad):
+            raise FloatingPointError(
+                f"a weight is not finite after step {self.step}, and nothing was saved of it: lower learning_rate, or "
+                "train in a wider dtype"
+            )
 
     def _require_finite_gradients(self) -> None:
         if not math.isfinite(float(self.norms)):
@@ -407,6 +428,7 @@ class Loop:
 
     def _save_checkpoint(self) -> None:
         """An ordinary model folder that also holds what going on needs; renamed into place when it is complete."""
+        self._require_finite_weights()
         accelerator = self.accelerator
         final = checkpoint.checkpoint_path(self.output_dir, self.step)
         partial = final.with_name(final.name + TEMPORARY)

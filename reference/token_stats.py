@@ -9,6 +9,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from ..head import LMHead
+    from ..kernels.dispatch import Options
     from ..token_stats import TokenStats
 
 
@@ -19,11 +20,11 @@ def linear_logprob(
     targets: Tensor,  # (N,)
     transform: tuple[float, float | None],
     stats: tuple[str, ...],
-    options: tuple,
+    options: Options,
 ) -> tuple[dict[str, Tensor], None]:
     """The signature of the kernels (kernels/dispatch.py); gradients are autograd's own, whatever the tolerance."""
     scale, softcap = transform
-    ignored = targets == options[1]
+    ignored = targets == options.ignore_index
     logits = hidden.double() @ weight.double().T  # (N, V)
     if bias is not None:
         logits = logits + bias.double()

@@ -151,6 +151,11 @@ def test_an_implicit_text_prompt_is_the_common_beginning(chosen: str, rejected: 
             {"prompt": [USER], "chosen": 3, "rejected": "r"},
             "row 7, chosen: expected text or a list of messages, found 3",
         ),
+        ({**PAIR, "tools": "[{"}, "row 7, tools: expected a list, or one as JSON text; Expecting"),
+        (
+            {**PAIR, "chat_template_kwargs": "thinking"},
+            "row 7, chat_template_kwargs: expected a dictionary, found 'thinking'",
+        ),
         ({"prompt": [], "chosen": "c", "rejected": "r"}, r"row 7, prompt: .* found \[\]"),
         ({"conversations": [{"from": "alien", "value": "v"}], "chosen": "c", "rejected": "r"}, "row 7, .*'alien'"),
         ({"conversations": "text", "chosen": "c", "rejected": "r"}, "row 7, conversations: .* found text"),
@@ -321,7 +326,8 @@ def test_trl_encodes_and_truncates_alike(tokenizer: Any) -> None:
     [
         ({"truncation_side": "left"}, f"truncation_side must be one of {', '.join(TRUNCATION_SIDES)}; found 'left'"),
         ({"max_length": 1}, "max_length must hold a prompt token and a response token, found 1"),
-        ({"responses": ("better",)}, "responses must be some of chosen, rejected; found .'better'"),
+        ({"responses": ("chosen", "chosen")}, "responses must be some of .*; found .'chosen', 'chosen'"),
+        ({"responses": ("better",)}, "responses must be some of chosen, rejected, each once; found .'better'"),
     ],
 )
 def test_bad_arguments_of_encode(change: dict, message: str, tokenizer: Any) -> None:
@@ -404,8 +410,16 @@ def test_hub_ids_and_missing_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             load_preferences(missing)
     monkeypatch.undo()
     (tmp_path / "cut.jsonl").write_text(json.dumps(PAIR) + '\n{"prompt": ')
-    with pytest.raises(ValueError, match=r"cut.jsonl cannot be read as .jsonl: JSON parse error: .* in row 1"):
+    with pytest.raises(ValueError, match=r"cut.jsonl cannot be read: JSON parse error: .* in row 1"):
         load_preferences(str(tmp_path / "cut.jsonl"))
+    (tmp_path / "broken" / "folder").mkdir(parents=True)
+    (tmp_path / "broken" / "folder" / "train.json").write_text("{")
+    (tmp_path / "broken" / "empty").mkdir()
+    for name, content in (("a.json", ""), ("b.json", "[]"), ("c.jsonl", "\n\n"), ("d.parquet", "PAR")):
+        (tmp_path / "broken" / name).write_text(content)
+    for path in (tmp_path / "broken").iterdir():
+        with pytest.raises(ValueError, match=f"{path.name} cannot be read: ."):
+            load_preferences(str(path))
     (tmp_path / "pairs.csv").write_text("a")
     with pytest.raises(ValueError, match=r"must end in .json, .jsonl, .parquet"):
         load_preferences(str(tmp_path / "pairs.csv"))

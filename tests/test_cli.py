@@ -86,6 +86,12 @@ def test_bad_file(tmp_path: Path, capsys: pytest.CaptureFixture, content: str, m
     assert_error(capsys, message)
 
 
+def test_a_file_has_the_spelling_of_flags(tmp_path: Path) -> None:
+    (tmp_path / "file.yaml").write_text("learning-rate: 1.0e-3\nmax_length: 9\n")
+    config = parsed(*REQUIRED, "--config", str(tmp_path / "file.yaml"))
+    assert (config.learning_rate, config.max_length) == (1e-3, 9)
+
+
 def test_missing_file(capsys: pytest.CaptureFixture) -> None:
     assert main(["train", *REQUIRED, "--config", "no.yaml"]) == 1
     assert_error(capsys, r"config no.yaml does not exist")
@@ -122,6 +128,17 @@ def test_errors_from_elsewhere_keep_their_traceback(monkeypatch: pytest.MonkeyPa
         main(["train"])
 
 
+def test_defects_of_the_package_keep_their_traceback(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Only what a raise statement says is meant for users."""
+    model, pairs = tiny.make_model(tmp_path / "model"), tiny.make_pairs(tmp_path / "pairs.json", 2)
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "run.json").write_text("{}")
+    arguments = ["--model", model, "--dataset", pairs, "--objective", "dpo", "--output-dir", str(output)]
+    with pytest.raises(KeyError, match="identity"):
+        main(["train", *arguments])
+
+
 def test_missing_extra_and_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     def needs_more(arguments: Sequence[str]) -> int:
         raise ModuleNotFoundError(f"No module named '{arguments[0]}'", name=arguments[0])
@@ -133,6 +150,7 @@ def test_missing_extra_and_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: py
     for module, message in (
         ("peft", r"peft is not installed: pip install 'prefopt_fast\[train\]'"),
         ("tensorboard", r"tensorboard is not installed: pip install 'prefopt_fast\[tensorboard\]'"),
+        ("pytest", r"pytest is not installed: pip install 'prefopt_fast\[bench\]'"),
         ("torch.utils.nothing", r"torch.utils.nothing is not installed$"),
     ):
         assert main(["train", module]) == 1
@@ -172,8 +190,11 @@ def test_score_options() -> None:
 
 @pytest.mark.parametrize("bf16_gpu", [False, True])
 def test_score_computes_in_the_precision_of_train(monkeypatch: pytest.MonkeyPatch, bf16_gpu: bool) -> None:
-    for name in ("is_available", "is_bf16_supported"):
-        monkeypatch.setattr(torch.cuda, name, lambda: bf16_gpu)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    # torch says yes of every GPU if it may emulate.
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16_gpu or including_emulation
+    )
     common = {"model": "m", "dataset": "d"}
     for options in ({}, {"bf16": True}, {"bf16": False}, {"fp16": True}):
         both = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from itertools import pairwise
 
 import pytest
@@ -21,9 +22,13 @@ def compiled():
         pytest.skip("no C compiler")
 
 
-@pytest.fixture
-def no_compiler(monkeypatch):
-    monkeypatch.setenv("CC", "false")
+@pytest.fixture(params=["compiler", "folder"])
+def no_compiler(request, monkeypatch, tmp_path):
+    """Neither where none works, nor where there is no place for what it makes."""
+    if request.param == "compiler":
+        monkeypatch.setenv("CC", "false")
+    else:
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
     cpu_passes.library.cache_clear()
     yield
     cpu_passes.library.cache_clear()

@@ -23,9 +23,11 @@ import prefopt_fast as pf
             {"bias": torch.zeros(3)},
             r"bias must have one entry for each of the 9 rows of weight \(9, 3\), found shape \(3,\)",
         ),
-        ({"softcap": 0.0}, "softcap must be positive or None, found 0.0"),
-        ({"logit_scale": -1.0}, "logit_scale must be positive, found -1.0"),
-        ({"temperature": 0.0}, "temperature must be positive, found 0.0"),
+        ({"softcap": 0.0}, "softcap must be positive and finite, or None, found 0.0"),
+        ({"logit_scale": -1.0}, "logit_scale must be positive and finite, found -1.0"),
+        ({"temperature": 0.0}, "temperature must be positive and finite, found 0.0"),
+        ({"softcap": float("inf")}, "softcap must be positive and finite, or None, found inf"),
+        ({"bias": torch.zeros(9, dtype=torch.bool)}, "bias must be floating-point, found torch.bool"),
     ],
 )
 def test_bad_input_is_named(arguments, message):

@@ -299,6 +299,17 @@ def test_gradients_beside_targets_that_do_not_exist(tolerance: float, device: st
         assert relative_error(ours, truth) < max(tolerance, 1e-5)
 
 
+@pytest.mark.parametrize("tolerance", [0.0, 2.0**-5])
+def test_a_nan_upstream_stays_its_tokens_in_fp16(tolerance: float, device: str, monkeypatch) -> None:
+    monkeypatch.setattr(linear_logprob, "MIN_SAMPLED_WORK", 0)
+    hidden, weight, targets = (t.to(device) for t in make_text_like(40, 600, 32))
+    hidden, weight = hidden.half(), weight.half()
+    upstream = torch.ones(40, device=device)
+    upstream[3], upstream[5] = float("nan"), float("inf")
+    found = triton_gradients(hidden.requires_grad_(), pf.LMHead(weight), targets, upstream, tolerance=tolerance)
+    assert (~found["hidden"].isfinite()).any(1).nonzero().flatten().tolist() == [3, 5]
+
+
 def test_launches_are_on_the_device_of_the_operands(monkeypatch) -> None:
     current = []
 

@@ -222,6 +222,18 @@ def test_wspo_gradcheck_and_independence(level):
     assert (grad[1:] == 0).all() and (grad[0] != 0).all()
 
 
+def test_orpo_in_16_bits_loses_no_more_than_its_input():
+    pair = [torch.tensor([mean], dtype=torch.bfloat16) for mean in (-1 / 512, -1 / 64)]
+    losses = []
+    for dtype in (torch.bfloat16, torch.float64):
+        one = torch.ones(1, dtype=dtype)
+        losses.append(
+            pf.preference_loss(*(pf.SequenceLogprobs(x.to(dtype), x.to(dtype), one) for x in pair), loss_type="orpo")
+        )
+    assert losses[0].dtype == torch.bfloat16
+    assert float(losses[0]) == pytest.approx(float(losses[1]), rel=2**-6)
+
+
 @pytest.mark.parametrize(("chosen", "rejected"), [(0.0, -2.0), (-2.0, 0.0), (0.0, 0.0)])
 def test_orpo_of_a_certain_response(chosen, rejected):
     """Where log p is 0 to the last digit the odds are large, not infinite; the slope is the one beside it."""
@@ -280,6 +292,10 @@ def test_kto_by_hand():
         (
             lambda s, t: pf.preference_loss(s, s, s, sequences(-1.0)),
             r"shapes must be equal, \(B,\); found chosen \(2,\), .*ref_rejected \(1,\)",
+        ),
+        (
+            lambda s, t: pf.preference_loss(s._replace(length=s.length[:, None]), s, t, t, "ipo"),
+            r"shapes must be equal, \(B,\); found .*chosen.length \(2, 1\)",
         ),
         (lambda s, t: pf.wpo_loss(s, s, s, s, torch.ones(2), torch.ones(3)), r"rejected_weight \(3,\)"),
         (

@@ -50,19 +50,25 @@ def compare(
     spread: float = 3.0,
     n: int = 90,
     masked: int = 0,
+    offset: float = 0.0,
 ) -> None:
     """Statistics and gradients of hidden, weight and bias on this rank's rows, against all rows here and in float64.
 
-    ``masked``: so many of the last rows have a bias of −inf.
+    ``masked``: so many of the last rows have a bias of −inf. ``offset``: on all biases, but for the first of each rank,
+    which is −inf.
     """
     torch.manual_seed(0)
     hidden, weight, targets = make_problem(n, VOCAB, HIDDEN, dtype, scale=spread)
     bias = torch.randn(VOCAB).to(dtype)
     bias[VOCAB - masked :] = -torch.inf
     targets %= VOCAB - masked
+    bounds = ROWS[dist.get_world_size()]
+    if offset:
+        bias += offset
+        bias[bounds[:-1]] = -torch.inf
+        targets[torch.isin(targets, torch.tensor(bounds[:-1]))] = 1
     targets[::5] = IGNORED
     upstream = torch.randn(n)
-    bounds = ROWS[dist.get_world_size()]
     rows = slice(bounds[dist.get_rank()], bounds[dist.get_rank() + 1])
 
     def run(function: Callable, to: torch.dtype, of: slice, **place: Any) -> tuple[pf.TokenStats, list[Tensor | None]]:
@@ -81,7 +87,7 @@ def compare(
     factor = 3.0 * max(1.0, spread / 25)  # ranks compare logsumexps, whose last digits large logits take
     for name in ("logprobs", *pf.STATS):
         value, expected = getattr(ours, name), getattr(truth, name)
-        if name == "is_top1" or (name == "mean_logit" and masked):
+        if name == "is_top1" or (name == "mean_logit" and (masked or offset)):
             assert torch.equal(value, expected)
         else:
             assert_as_good_as_plain(value, getattr(plain, name), expected, factor, name)
@@ -116,6 +122,7 @@ def check_vocabulary_parallel_parts() -> None:
     compare(torch.float32, needs=(False, True, False))
     compare(torch.float32, needs=(False, False, True))
     compare(torch.float32, "triton", n=17)
+    compare(torch.float32, offset=-100.0)  # as a rank's stand-in for targets of others the first has no logit
     for backend in ("torch", "triton"):  # all rows of the last rank, and some of the others
         compare(torch.float32, backend, n=17, masked=25)
 

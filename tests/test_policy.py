@@ -57,6 +57,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon_h1": ("falcon_h1", {"lm_head_multiplier": 0.25, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8}),
     "mpt": ("mpt", {"d_model": HIDDEN, "n_heads": 2, "n_layers": 1, "max_seq_len": 32, "logit_scale": 0.5}),
     "gpt2": ("gpt2", {"n_embd": HIDDEN, "n_layer": 2, "n_head": 2, "n_positions": 64}),
+    "opt": ("opt", {"ffn_dim": 24, "word_embed_proj_dim": HIDDEN, "dropout": 0.0}),
+    "bart's decoder": ("bart", {"d_model": HIDDEN, "decoder_layers": 2, "decoder_attention_heads": 2, "dropout": 0.0}),
     "phi, with bias": ("phi", {"num_key_value_heads": 2, "tie_word_embeddings": False}),
 }
 
@@ -129,6 +131,8 @@ def test_head_reads_cap_scale_and_bias() -> None:
     heads = {family: pf.LMHead.from_model(make(family)) for family in FAMILIES}
     assert heads["gemma2"].softcap == 3.0 and heads["gemma3"].softcap is None
     assert heads["cohere"].logit_scale == heads["granite"].logit_scale == 0.25
+    config = transformers.MptConfig(vocab_size=11, d_model=8, n_heads=2, n_layers=1, logit_scale="inv_sqrt_d_model")
+    assert pf.LMHead.from_model(transformers.MptForCausalLM(config)).logit_scale == 1.0  # as transformers computes
     assert heads["phi, with bias"].bias is not None and heads["llama"].bias is None
     tied = make("llama tied")
     assert pf.LMHead.from_model(tied).weight is tied.get_input_embeddings().weight
@@ -182,6 +186,11 @@ def test_models_without_a_head_or_backbone_are_refused() -> None:
         ResponseModel(make("llama").model)
     with pytest.raises(ValueError, match="Linear has no backbone apart from a head"):
         find_backbone(nn.Linear(2, 2))
+    small = {"vocab_size": 9, "d_model": 8, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    whole = transformers.BartForConditionalGeneration(transformers.BartConfig(**small))
+    for use in (ResponseModel, pf.LMHead.from_model):
+        with pytest.raises(ValueError, match="BartForConditionalGeneration is an encoder-decoder: a causal"):
+            use(whole)
 
 
 def test_an_unknown_scaling_is_found_before_training() -> None:
@@ -351,6 +360,9 @@ def test_bad_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*args: Any, **kwargs: Any) -> None:
         raise OSError("no connection")
 
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty cannot be loaded: "):
+        load_tokenizer(str(tmp_path / "empty"))
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", unreachable)
     with pytest.raises(FileNotFoundError, match=r"nowhere is no folder here, .* no connection"):
         load_model("nowhere")

@@ -18,7 +18,7 @@ import pytest
 import tiny
 import torch
 
-from prefopt_fast import policy, scoring
+from prefopt_fast import checkpoint, policy, scoring
 from prefopt_fast.batch import collate, encode, load_preferences
 from prefopt_fast.policy import load_model, load_tokenizer
 from prefopt_fast.scoring import LogprobStore, StoreKey, data_digest, model_digest, score, tokenizer_digest
@@ -227,7 +227,10 @@ def test_folders_that_are_no_store(inputs: dict, tmp_path: Path) -> None:
 def test_two_writers_are_one_too_many(inputs: dict, tmp_path: Path) -> None:
     arguments, out = prepare(inputs), tmp_path / "store"
     out.mkdir()
-    with scoring._locked(out), pytest.raises(RuntimeError, match="another process is writing the store"):
+    with (
+        checkpoint.locked(out, "writing the store"),
+        pytest.raises(RuntimeError, match="another process is writing the store"),
+    ):
         score(**arguments, out=out)
     assert not list(out.iterdir())
     score(**arguments, out=out)

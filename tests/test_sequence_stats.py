@@ -10,6 +10,7 @@ import torch
 from conftest import make_problem
 
 import prefopt_fast as pf
+from prefopt_fast import sequence_stats
 from prefopt_fast.sequence_stats import segment_sum
 
 
@@ -81,6 +82,17 @@ def test_sums_of_long_sequences_keep_their_digits(packed, dtype):
     total = segment_sum(*(values[0], torch.tensor([0, 4000])) if packed else (values, None))
     assert total.dtype == torch.float32
     assert float(total) == pytest.approx(float(values.double().sum()), rel=1e-6)
+
+
+def test_sums_keep_to_the_backend_of_the_statistics(monkeypatch):
+    """Where Triton cannot compile, backend="torch" is to be enough."""
+    asked = []
+    monkeypatch.setattr(sequence_stats, "resolve_backend", lambda backend, _: asked.append(backend))
+    hidden, weight, targets = torch.randn(2, 3, 4), torch.randn(5, 4), torch.randint(5, (2, 3))
+    stats = pf.token_logprobs(hidden, pf.LMHead(weight), targets, ("log_sum_sq_probs",), backend="torch")
+    pf.sequence_logprobs(stats)
+    pf.wpo_weights(stats)
+    assert {*asked} == {"torch"}
 
 
 def test_gradient_reaches_the_tokens():

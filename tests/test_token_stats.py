@@ -81,6 +81,19 @@ def test_shapes_follow_the_targets():
         assert stats.max_logprob is None
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+def test_targets_of_narrow_types(backend):
+    """Which hold neither the vocabulary's size nor ignore_index: 156 is −100 in 8 bits."""
+    hidden, weight, targets = make_problem(3, 256, 8)
+    targets[0] = 156
+    wide, narrow = (
+        pf.token_logprobs(hidden, pf.LMHead(weight), ids, backend=backend) for ids in (targets, targets.byte())
+    )
+    assert torch.equal(wide.logprobs, narrow.logprobs) and narrow.mask.all()
+    ratio = pf.token_log_ratio(hidden, pf.LMHead(weight), hidden, pf.LMHead(weight), targets.byte(), backend=backend)
+    assert not ratio.ratio.any()
+
+
 def test_statistics_are_detached_and_logprobs_are_not():
     hidden, weight, targets = make_problem(4, 9, 3)
     stats = pf.token_logprobs(hidden.requires_grad_(), pf.LMHead(weight), targets, stats=pf.STATS)

@@ -350,11 +350,15 @@ def test_exact_memory_is_bounded(monkeypatch):
     assert peak < 0.15 * 2048 * 8192 * 4
 
 
+@pytest.mark.parametrize("others", [0.0, -60.0, -100.0])
 @pytest.mark.parametrize("tolerance", [0.0, 2.0**-5])
-def test_a_masked_target(tolerance):
-    """Its log-prob is −inf, its other statistics are as ever, and it spoils no other token's gradient."""
+def test_a_masked_target(tolerance, others):
+    """Its log-prob is −inf, its other statistics are as ever, and it spoils no other token's gradient.
+
+    Also where all logits are so low that e^z is 0, which stands in the place of the target's shift.
+    """
     hidden, weight, targets = make_text_like(100, 2000, 16)
-    bias = torch.zeros(2000)
+    bias = torch.full((2000,), others)
     bias[5], targets[::10] = -torch.inf, 5
     hidden.requires_grad_(), weight.requires_grad_()
     ours = logprobs(hidden, pf.LMHead(weight, bias), targets, tolerance, stats=pf.STATS)

@@ -26,7 +26,7 @@ import transformers
 from conftest import relative_error
 from torch import Tensor
 
-from prefopt_fast import PAIRWISE_LOSSES, TokenStats, frozen, trainer
+from prefopt_fast import PAIRWISE_LOSSES, TokenStats, checkpoint, frozen, trainer
 from prefopt_fast.batch import TRUNCATION_SIDES, encode, load_preferences
 from prefopt_fast.cli import main
 from prefopt_fast.config import OBJECTIVES, DataOptions, TrainConfig
@@ -488,8 +488,12 @@ def test_stores_are_reused_and_given(inputs: dict[str, str], tmp_path: Path, mon
     monkeypatch.setattr(trainer, "load_model", record)
     monkeypatch.setattr(frozen, "load_model", record)
     again = run(inputs, tmp_path / "again", ref_model=inputs["other"], logprobs_dir=str(tmp_path / "logprobs"))
+    assert loaded == [inputs["model"]]
+    computed = {"ref_model": inputs["other"], "logprobs_dir": str(tmp_path / "logprobs"), "backend": "reference"}
+    run(inputs, tmp_path / "computed otherwise", **computed)
+    assert loaded[1:] == [inputs["other"], inputs["model"]]
     given = run(inputs, tmp_path / "given", ref_logprobs=store)
-    assert loaded == [inputs["model"]] * 2 and again == expected
+    assert loaded[3:] == [inputs["model"]] and again == expected
     for line, other in zip(given, expected, strict=True):
         assert line == pytest.approx(other, rel=1e-5, abs=1e-6)
 
@@ -592,6 +596,25 @@ def test_a_gradient_that_is_not_finite_is_never_saved(
     assert run(inputs, tmp_path / "out", **options)[-1]["step"] == 4
 
 
+@pytest.mark.parametrize("options", [{"max_steps": 1}, {"max_steps": 2, "save_steps": 1}], ids=["last", "checkpoint"])
+def test_a_weight_that_is_not_finite_is_never_saved(
+    options: dict[str, Any], inputs: dict[str, str], tmp_path: Path
+) -> None:
+    """The gradient is finite, the update is not."""
+    with pytest.raises(FloatingPointError, match="a weight is not finite after step 1"):
+        run(inputs, tmp_path / "out", learning_rate=1e38, **options)
+    assert not [*(tmp_path / "out").glob("checkpoint-*"), *(tmp_path / "out").glob("*.safetensors")]
+
+
+def test_a_folder_has_one_run_at_a_time(inputs: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with checkpoint.locked(tmp_path / "out", "training in"):
+        with pytest.raises(RuntimeError, match=r"another process is training in .*out: wait for it, or use another"):
+            run(inputs, tmp_path / "out", max_steps=1)
+        assert not list((tmp_path / "out").iterdir())
+    assert run(inputs, tmp_path / "out", max_steps=1)
+
+
 def test_folders_of_the_finished_model_are_published_again(
     inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -666,6 +689,10 @@ def test_missing_tensorboard_is_found_first(
         ({"eval_dataset": "d", "ref_logprobs": "s"}, r"eval_dataset needs ref_model"),
         ({"max_steps": 0}, r"max_steps or num_train_epochs must be positive, found 0"),
         ({"per_device_train_batch_size": 0}, r"per_device_train_batch_size must be at least 1, found 0"),
+        ({"learning_rate": math.inf}, "learning_rate must be finite, found inf"),
+        ({"num_train_epochs": math.inf}, "num_train_epochs must be finite, found inf"),
+        ({"seed": -1}, r"seed must be in \[0, 2³²\), found -1"),
+        ({"use_peft": True, "lora_alpha": 0}, "lora_alpha must be positive, found 0"),
         ({"warmup_ratio": 2.0}, r"warmup_ratio must be in \[0, 1\], found 2.0"),
         ({"test_split_size": 1.0}, r"test_split_size must be in \(0, 1\)"),
         ({"eval_steps": 5}, r"eval_steps needs eval_dataset or test_split_size"),

@@ -23,7 +23,7 @@ pytest.importorskip("trl")
 import trl
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from trl.kernels.chunked_logprob import OPTIONAL_OUTPUTS, ChunkedLogProbFunction
 
 from prefopt_fast import trainer as trainer_module
@@ -233,6 +233,22 @@ def test_wpo_is_trls(more: dict[str, Any], inputs: dict[str, Any], tmp_path: Pat
     assert_same(found, expected)
 
 
+def test_wpo_with_a_routers_loss_is_trls(inputs: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        **{"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "eos_token_id": 0},
+        **{"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4, "initializer_range": 0.3},
+        router_aux_loss_coef=0.1,
+    )
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "experts")
+    load_tokenizer(inputs["model"]).save_pretrained(tmp_path / "experts")
+    experts, data = str(tmp_path / "experts"), {"train_dataset": inputs["rows"]}
+    expected = run(trl.DPOTrainer(experts, args=trl.DPOConfig(**options(tmp_path, use_weighting=True)), **data))
+    found = run(WPOTrainer(experts, args=WPOConfig(**options(tmp_path, clamp=False)), **data))
+    assert found[0]["aux_loss"] > 0.1
+    assert_same(found, expected)
+
+
 def test_wpo_with_adapters_is_trls(inputs: dict[str, Any], tmp_path: Path) -> None:
     lora = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", "init_lora_weights": "gaussian"}
     args = trl.DPOConfig(**options(tmp_path, use_weighting=True))
@@ -328,6 +344,8 @@ def test_wspo_is_our_loops(level: str, source: str, inputs: dict[str, Any], tmp_
         given = {}
     args = WSPOConfig(**options(tmp_path, per_device_train_batch_size=6, **more))
     found, _ = run(WSPOTrainer(inputs["model"], args=args, train_dataset=inputs["rows"], **given))
+    for model in given.values():  # are the caller's again
+        assert isinstance(model, str) or "forward" not in vars(model) or model is given["ref_model"]
     for name in ("loss", "wspo/residual", "wspo/target", "wspo/log_ratio", "logps/chosen"):
         assert found[name] == pytest.approx(expected[name], rel=ROUNDING), name
 

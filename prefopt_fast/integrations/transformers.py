@@ -31,7 +31,15 @@ from ..metrics import Sums, summarize
 from ..modules import GradTolerance, draw_seed
 from ..objectives import Objective
 from ..packing import pack
-from ..policy import ResponseModel, check_tokens, find_backbone, verify_head, verify_packing
+from ..policy import (
+    ResponseModel,
+    check_tokens,
+    evaluation,
+    find_backbone,
+    kept_hidden_states,
+    verify_head,
+    verify_packing,
+)
 from ..sequence_stats import sequence_logprobs
 from ..token_stats import TokenStats, token_logprobs
 
@@ -235,14 +243,13 @@ def _score(
     dtype: torch.dtype | None,
 ) -> Iterator[tuple[TokenStats, Tensor]]:
     """Statistics and cu_seqlens of each batch."""
-    training, device = model.training, next(model.parameters()).device
-    runner = ResponseModel(model).eval()
-    for start in tqdm(range(0, len(encoded), batch_size), desc="scoring", unit="batch", disable=None):
-        rows = [encoded[i] for i in range(start, min(start + batch_size, len(encoded)))]
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            stats, cu_seqlens = runner(collate(rows, responses, pad_token_id).to(device))
-        yield stats, cu_seqlens
-    model.train(training)
+    device, runner = next(model.parameters()).device, ResponseModel(model)
+    with evaluation(model):
+        for start in tqdm(range(0, len(encoded), batch_size), desc="scoring", unit="batch", disable=None):
+            rows = [encoded[i] for i in range(start, min(start + batch_size, len(encoded)))]
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                stats, cu_seqlens = runner(collate(rows, responses, pad_token_id).to(device))
+            yield stats, cu_seqlens
 
 
 class PreferenceTrainer(transformers.Trainer):
@@ -396,13 +403,11 @@ class PreferenceTrainer(transformers.Trainer):
 
 def _last_hidden_states(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     """What the head is given, from a call of ``model`` as it is wrapped, with logits of one position per sequence."""
-    captured: list[Tensor] = []
-    hook = find_backbone(model).register_forward_hook(lambda _, __, output: captured.append(output.last_hidden_state))
-    try:
+    if getattr(find_backbone(model).config, "output_router_logits", False):  # for a loss that takes no packed masks
+        inputs = inputs | {"output_router_logits": False}
+    with kept_hidden_states(model) as kept:
         model(**inputs | {"logits_to_keep": 1, "use_cache": False})
-    finally:
-        hook.remove()
-    return captured[0]
+    return kept[0]
 
 
 def _require_separate_head(model: Any) -> None:

@@ -7,6 +7,7 @@ import functools
 import itertools
 import sys
 import types
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -46,8 +47,10 @@ from ..kernels.dispatch import resolve_backend
 from ..losses import hyperparameter_names, loss_mixture, reference_free, wpo_loss, wpo_pair_weight, wspo_loss
 from ..policy import (
     check_tokens,
+    evaluation,
     find_backbone,
     hidden_states,
+    kept_hidden_states,
     load_model,
     load_tokenizer,
     verify_head,
@@ -326,9 +329,6 @@ class _Trainer(DPOTrainer):
     def __init__(self, model: Any, ref_model: Any = None, args: _Config | None = None, **kwargs: Any):
         args = self._resolve_args(model, args)
         super().__init__(model, ref_model, args, **kwargs)
-        if self._is_vision_dataset or self.aux_loss_enabled:
-            found = "images in the dataset" if self._is_vision_dataset else "a router loss (router_aux_loss_coef)"
-            raise ValueError(f"{type(self).__name__} trains on text and without a router loss; found {found}")
         self._fuse_heads()
 
     def _fuse_heads(self) -> None:
@@ -336,9 +336,12 @@ class _Trainer(DPOTrainer):
         if self._fused:
             return
         self._fused = True
+        if self._is_vision_dataset:
+            raise ValueError(f"{type(self).__name__} trains on text; found images in the dataset")
         _require_one_device(model=self.model, ref_model=self.ref_model)
         verify_head(self.model, check_tokens(self.model))
-        sides, packs = len(self._responses), verify_packing(self.model)
+        # The router's loss is one of all positions, in the layout that they have in DPOTrainer.
+        sides, packs = len(self._responses), not self.aux_loss_enabled and verify_packing(self.model)
         _add_fast_head(self.model, ("entropy", "mean_logit", "is_top1", *self._loss_stats()), self.args, sides, packs)
         if self.ref_model is not None:
             ref = self.accelerator.unwrap_model(self.ref_model)
@@ -380,14 +383,19 @@ class _Trainer(DPOTrainer):
         ours = ("completion_mask", *self._frozen_inputs)
         model_inputs = {name: value for name, value in inputs.items() if name not in ours} | {"use_cache": False}
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORE_INDEX)
-        outputs = model(**model_inputs, labels=labels, fused_lm_head=True)
+        router = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        outputs = model(**model_inputs, **router, labels=labels, fused_lm_head=True)
         stats = TokenStats(
             outputs.log_probs,
             outputs.label_mask,
             log_sum_sq_probs=outputs.log_sum_sq_probs,
             max_logprob=outputs.max_logprob,
+            backend=self.args.backend,
         )
         loss, metrics = self._loss(stats, inputs)
+        if self.aux_loss_enabled:
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss
+            metrics["aux_loss"] = outputs.aux_loss[None]
         metrics["entropy"] = outputs.entropy[stats.mask]
         sides = len(self._responses)
         masks = stats.mask.chunk(sides)
@@ -421,14 +429,16 @@ def _kind(model: Any) -> tuple[type, str]:
     return model.config.__class__, model.config._attn_implementation
 
 
-def _add_fast_head(model: Any, stats: tuple[str, ...], args: _Config, sides: int, packs: bool) -> None:
+def _add_fast_head(model: Any, stats: tuple[str, ...], args: _Config, sides: int, packs: bool) -> Callable[[], None]:
     """Make ``model(..., labels=labels, fused_lm_head=True)`` return statistics (S, T - 1) of labels[:, 1:].
 
     TRL's add_fused_lm_head by our operator: inside the model's forward, so that wrappers' hooks see its parameters.
-    Where the model ``packs``, without padding, and with what the ``sides`` of a pair share computed once.
+    Where the model ``packs``, without padding, and with what the ``sides`` of a pair share computed once. What is
+    returned gives the model its own forward back.
     """
     model = model.get_base_model() if is_peft_model(model) else model
     forward, seeds = model.forward, itertools.count()
+    patched = "forward" in vars(model)
 
     @functools.wraps(type(model).forward)  # generate() reads the signature
     def fast_forward(self: Any, *inputs: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
@@ -437,12 +447,17 @@ def _add_fast_head(model: Any, stats: tuple[str, ...], args: _Config, sides: int
         labels = kwargs.pop("labels")[:, 1:]
         mask = labels != IGNORE_INDEX
         positions = F.pad(mask, (0, 1)).flatten().nonzero().squeeze(-1)
-        if packs:
+        aux_loss = None
+        if kwargs.get("output_router_logits"):  # whose loss the model makes, beside logits of one position
+            with kept_hidden_states(self) as kept:
+                aux_loss = forward(*inputs, **kwargs, logits_to_keep=1).aux_loss
+            hidden = kept[0].flatten(0, 1)[positions]
+        elif packs:
             ids, attention_mask = kwargs["input_ids"], kwargs["attention_mask"]
             hidden = hidden_states(self, ids, attention_mask, positions, packs, len(ids) // sides)
         else:
             hidden = find_backbone(self)(*inputs, **kwargs).last_hidden_state.flatten(0, 1)[positions]
-        found = token_logprobs(
+        computed = token_logprobs(
             hidden,
             LMHead.from_model(self),
             labels[mask],
@@ -452,14 +467,21 @@ def _add_fast_head(model: Any, stats: tuple[str, ...], args: _Config, sides: int
             seed=next(seeds),
         )
         fields = {
-            "log_probs": found.logprobs,
-            "mean_logits": found.mean_logit,
-            **{name: getattr(found, name) for name in ("entropy", "log_sum_sq_probs", "max_logprob", "is_top1")},
+            "log_probs": computed.logprobs,
+            "mean_logits": computed.mean_logit,
+            **{name: getattr(computed, name) for name in ("entropy", "log_sum_sq_probs", "max_logprob", "is_top1")},
         }
         padded = {k: v.new_zeros(mask.shape).masked_scatter(mask, v) for k, v in fields.items() if v is not None}
-        return _HeadOutput(label_mask=mask, **padded)
+        return _HeadOutput(label_mask=mask, aux_loss=aux_loss, **padded)
+
+    def undo() -> None:
+        if patched:
+            model.forward = forward
+        else:
+            del model.forward
 
     model.forward = types.MethodType(fast_forward, model)
+    return undo
 
 
 class WPOTrainer(_Trainer):
@@ -470,7 +492,7 @@ class WPOTrainer(_Trainer):
 
     Raises:
         ValueError, TypeError: what DPOTrainer raises; a model whose logits are not those of its backbone and head;
-            prompt-learning adapters, router losses, images.
+            prompt-learning adapters, images.
     """
 
     _config, _name, _tag_names = WPOConfig, "WPO", ["trl", "wpo"]
@@ -673,18 +695,20 @@ class WSPOTrainer(_Trainer):
 
     def _score(self, frozen: str, dataset: Any, name: str, batch_size: int) -> list[list[float]]:
         model: Any = self.model if self.ref_model is None else self.ref_model
-        if frozen != "ref":
-            model = self._weak_models[frozen]
-            if isinstance(model, str):
-                model = load_model(model, self.model.dtype, self.args.trust_remote_code)
-            model = model.to(self.accelerator.device).eval()
-            _add_fast_head(model, (), self.args, len(self._responses), verify_packing(model))
         loader = self.accelerator.prepare(DataLoader(dataset, batch_size, collate_fn=self.data_collator))
         rows: list[list[float]] = []
-        for batch in tqdm(loader, desc=f"Scoring the {name} data with {frozen}"):
-            scored = (self.compute_ref_log_probs(model, batch), batch["completion_mask"][:, 1:])
-            gathered = self.accelerator.gather_for_metrics(self.accelerator.pad_across_processes(scored, dim=1))
-            rows += [logps[mask.bool()].tolist() for logps, mask in zip(*gathered, strict=True)]
+        with contextlib.ExitStack() as lent:  # a weak model may be one that the caller goes on with
+            if frozen != "ref":
+                model = self._weak_models[frozen]
+                if isinstance(model, str):
+                    model = load_model(model, self.model.dtype, self.args.trust_remote_code)
+                model = model.to(self.accelerator.device)
+                lent.enter_context(evaluation(model))
+                lent.callback(_add_fast_head(model, (), self.args, len(self._responses), verify_packing(model)))
+            for batch in tqdm(loader, desc=f"Scoring the {name} data with {frozen}"):
+                scored = (self.compute_ref_log_probs(model, batch), batch["completion_mask"][:, 1:])
+                gathered = self.accelerator.gather_for_metrics(self.accelerator.pad_across_processes(scored, dim=1))
+                rows += [logps[mask.bool()].tolist() for logps, mask in zip(*gathered, strict=True)]
         return rows
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Tensor:
