@@ -156,7 +156,7 @@ class LoraOptions:
 
     _argument_group_name = "LoRA"
 
-    use_peft: bool = _option("Train LoRA adapters instead of all weights.", False)
+    use_peft: bool = _option("Train LoRA adapters instead of all weights, or on the adapter that model is.", False)
     lora_r: int = _option("Rank.", 16)
     lora_alpha: int = _option("Scale: the update is multiplied by lora_alpha / lora_r.", 32)
     lora_dropout: float = _option("Dropout before the adapter.", 0.0)

@@ -31,11 +31,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, SchedulerType, get_sc
 from . import checkpoint
 from .batch import RESPONSES, add_sample_weights, align, collate, encode, load_preferences
 from .checkpoint import TEMPORARY
-from .config import FROZEN_MODELS, TrainConfig
+from .config import FROZEN_MODELS, LoraOptions, TrainConfig
 from .frozen import FrozenLogprobs, SegmentIds, scored, spread_mean, stored
 from .metrics import EVAL, HEAD, MetricsLog, Sums, draw_curves, peak_memory, summarize
 from .objectives import Objective, make_objective
-from .policy import ResponseModel, is_adapter, load_model, load_tokenizer, position_limit, require_positions
+from .policy import (
+    ResponseModel,
+    find_backbone,
+    is_adapter,
+    load_model,
+    load_tokenizer,
+    position_limit,
+    require_positions,
+)
 from .scoring import LogprobStore, StoreKey, data_digest, model_digest
 from .token_stats import GradReport, TokenStats
 
@@ -135,8 +143,10 @@ def train(config: TrainConfig) -> Path:
     identity = _identity(config, accelerator)
     checkpoint.compare(output_dir, identity)
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
-    if is_adapter(config.model):
-        raise ValueError(f"{config.model} is a PEFT adapter: merge it into its base to train on from it")
+    if is_adapter(config.model) and not config.use_peft:
+        raise ValueError(
+            f"{config.model} is a PEFT adapter: use_peft trains it on, and merged into its base it is a model"
+        )
     if config.use_peft:
         _require_adapters(config)
     weak_tokenizer = _weak_tokenizer(config, tokenizer)
@@ -178,7 +188,7 @@ def train(config: TrainConfig) -> Path:
             if config.merge_adapter and not (output_dir / MERGED).exists():
                 done = f"merged into {output_dir / MERGED}"
                 if accelerator.is_main_process:
-                    _save_merged(_load_adapter(_load_policy(config, config.model), output_dir), tokenizer, output_dir)
+                    _save_merged(_load_adapter(_load_policy(config, _base(config)), output_dir), tokenizer, output_dir)
             accelerator.print(f"{output_dir} holds this run, finished after {plan.steps} steps: {done}")
             return output_dir
 
@@ -604,8 +614,8 @@ def _hold_out(config: TrainConfig, count: int) -> tuple[list[int], list[int]]:
 
 
 def _build_policy(config: TrainConfig, resumed: Path | None) -> Any:
-    """From the checkpoint's weights, or the starting model's with fresh adapters."""
-    model = _load_policy(config, str(resumed) if resumed is not None and not config.use_peft else config.model)
+    """From the checkpoint's weights, or the starting model's, with fresh adapters where it has none."""
+    model = _load_policy(config, str(resumed) if resumed is not None and not config.use_peft else _base(config))
     for parameter in model.parameters():
         # transformers maps weights from their file, at any alignment, and products round by alignment: a resumed run
         # would differ in the last bit. Copies are aligned, and keep the file from being needed.
@@ -616,8 +626,10 @@ def _build_policy(config: TrainConfig, resumed: Path | None) -> Any:
         # transformers 5.23 renames the method.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
+    if config.use_peft and (resumed is not None or is_adapter(config.model)):
+        return _load_adapter(model, resumed or config.model)
     if config.use_peft:
-        return _add_adapters(config, model) if resumed is None else _load_adapter(model, resumed)
+        return _add_adapters(config, model)
     for name in _other_modalities(model):
         model.get_submodule(name).requires_grad_(False)
     return model
@@ -650,14 +662,24 @@ def _add_adapters(config: TrainConfig, model: Any) -> Any:
 
 def _require_adapters(config: TrainConfig) -> None:
     """Raise ValueError for adapters that the model cannot have, on a model without weights."""
+    from peft import PeftConfig, get_peft_model
+
     trust = config.trust_remote_code
-    model_config = AutoConfig.from_pretrained(config.model, trust_remote_code=trust)
+    model_config = AutoConfig.from_pretrained(_base(config), trust_remote_code=trust)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust)
-    try:
-        policy = _add_adapters(config, model)
-    except ValueError as error:
-        raise ValueError(f"lora_target_modules {config.lora_target_modules}: {error}") from error
+    if is_adapter(config.model):
+        own = ("use_peft", "merge_adapter")
+        changed = [o.name for o in dataclasses.fields(LoraOptions) if getattr(config, o.name) != o.default]
+        if given := [name for name in changed if name not in own]:
+            raise ValueError(f"leave out {', '.join(given)}: model {config.model} is an adapter, which has its own")
+        policy = get_peft_model(model, PeftConfig.from_pretrained(config.model))
+        find_backbone(policy)
+    else:
+        try:
+            policy = _add_adapters(config, model)
+        except ValueError as error:
+            raise ValueError(f"lora_target_modules {config.lora_target_modules}: {error}") from error
     tied = model_config.get_text_config().tie_word_embeddings
     if config.merge_adapter and tied and hasattr(policy.get_output_embeddings(), "base_layer"):
         raise ValueError(
@@ -666,11 +688,20 @@ def _require_adapters(config: TrainConfig) -> None:
         )
 
 
+def _base(config: TrainConfig) -> str:
+    """The model below the adapters: the policy's, or that of the adapter which it starts from."""
+    if not is_adapter(config.model):
+        return config.model
+    from peft import PeftConfig
+
+    return PeftConfig.from_pretrained(config.model).base_model_name_or_path
+
+
 def _load_policy(config: TrainConfig, source: str) -> Any:
     return load_model(source, config.dtype, config.trust_remote_code, config.attn_implementation)
 
 
-def _load_adapter(model: nn.Module, folder: Path) -> Any:
+def _load_adapter(model: nn.Module, folder: Path | str) -> Any:
     from peft import PeftModel
 
     return PeftModel.from_pretrained(model, str(folder), is_trainable=True)

@@ -462,8 +462,36 @@ def test_adapter_and_merged_model(inputs: dict[str, str], tmp_path: Path) -> Non
     run(inputs, tmp_path / "later", **options, merge_adapter=True)
     found, expected = (tiny.read_weights(folder / "merged") for folder in (tmp_path / "later", output))
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
-    with pytest.raises(ValueError, match="is a PEFT adapter: merge it"):
-        run(inputs | {"model": str(output)}, tmp_path / "next")
+
+
+def test_an_adapter_is_trained_on(inputs: dict[str, str], tmp_path: Path) -> None:
+    """From itself, which is the reference too; the base stays what it is."""
+    options = {"use_peft": True, "learning_rate": 1e-2, "max_steps": 2}
+    run(inputs, tmp_path / "first", **options, lora_r=2)
+    adapter = inputs | {"model": str(tmp_path / "first")}
+    lines = run(adapter, tmp_path / "next", **options, save_steps=1, merge_adapter=True)
+    assert lines[0]["rewards/margins"] == pytest.approx(0.0, abs=1e-6) != lines[1]["rewards/margins"]
+    before, after = (tiny.read_weights(tmp_path / name, "adapter_model.safetensors") for name in ("first", "next"))
+    assert before.keys() == after.keys() and not any(torch.equal(before[name], after[name]) for name in before)
+    config = json.loads((tmp_path / "next" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["r"]) == (inputs["model"], 2)
+    ids = torch.arange(2, 12)[None]
+    adapted, merged = (load_model(str(tmp_path / name))(ids).logits for name in ("next", "next/merged"))
+    assert relative_error(merged, adapted) < 1e-5
+
+    for path in [*(tmp_path / "next").iterdir()]:  # as a kill after the first step's checkpoint leaves it
+        if path.name == "run.json":
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"finished": False}))
+        elif path.is_file():
+            path.unlink()
+    run(adapter, tmp_path / "next", **options, save_steps=1, merge_adapter=True)
+    again = tiny.read_weights(tmp_path / "next", "adapter_model.safetensors")
+    assert all(torch.equal(again[name], after[name]) for name in after)
+    with pytest.raises(ValueError, match="is a PEFT adapter: use_peft trains it on"):
+        run(adapter, tmp_path / "other")
+    with pytest.raises(ValueError, match=r"leave out lora_r: model .* is an adapter, which has its own"):
+        run(adapter, tmp_path / "other", use_peft=True, lora_r=8)
+    assert not (tmp_path / "other").exists()
 
 
 def test_gradient_checkpointing_and_low_precision(inputs: dict[str, str], tmp_path: Path) -> None:
