@@ -457,7 +457,7 @@ def _add_fast_head(model: Any, stats: tuple[str, ...], args: _Config, sides: int
             hidden = hidden_states(self, ids, attention_mask, positions, packs, len(ids) // sides)
         else:
             hidden = find_backbone(self)(*inputs, **kwargs).last_hidden_state.flatten(0, 1)[positions]
-        computed = token_logprobs(
+        found = token_logprobs(
             hidden,
             LMHead.from_model(self),
             labels[mask],
@@ -467,9 +467,9 @@ def _add_fast_head(model: Any, stats: tuple[str, ...], args: _Config, sides: int
             seed=next(seeds),
         )
         fields = {
-            "log_probs": computed.logprobs,
-            "mean_logits": computed.mean_logit,
-            **{name: getattr(computed, name) for name in ("entropy", "log_sum_sq_probs", "max_logprob", "is_top1")},
+            "log_probs": found.logprobs,
+            "mean_logits": found.mean_logit,
+            **{name: getattr(found, name) for name in ("entropy", "log_sum_sq_probs", "max_logprob", "is_top1")},
         }
         padded = {k: v.new_zeros(mask.shape).masked_scatter(mask, v) for k, v in fields.items() if v is not None}
         return _HeadOutput(label_mask=mask, aux_loss=aux_loss, **padded)
