@@ -1,4 +1,7 @@
-"""WPO in TRL's DPOTrainer: python examples/trl_wpo.py --model MODEL --dataset pairs.json --output_dir out-wpo"""
+"""WPO in TRL's DPOTrainer: python examples/trl_wpo.py --model MODEL --dataset pairs.json --output_dir out-wpo
+
+TRL computes in bf16 by default: add --bf16 False on a machine without a GPU.
+"""
 
 from dataclasses import dataclass
 

@@ -2,6 +2,8 @@
 
 python examples/trl_wspo.py --model STRONG --weak_aligned_model ALIGNED --weak_ref_model WEAK --dataset pairs.json \
     --output_dir out-wspo
+
+TRL computes in bf16 by default: add --bf16 False on a machine without a GPU.
 """
 
 from dataclasses import dataclass

@@ -519,7 +519,8 @@ class _Forward:
             for _tile in maximum.tiles():
                 pass
             masked = walk.target_logit == -torch.inf
-            shift = shift + maximum.largest.clamp(min=0).where(~masked, maximum.largest.nan_to_num(neginf=0.0))
+            any_left = maximum.largest > torch.finfo(head.dtype).min  # which stands in the targets' places
+            shift = shift + maximum.largest.where(masked & any_left, maximum.largest.clamp(min=0))
         self.emit(rows, walk)
         total = walk.total
         if self.unscaled is not None:

@@ -90,6 +90,8 @@ def _load(path: Path, source: str, split: str | None) -> datasets.Dataset | data
 
 
 def _slices(splits: datasets.DatasetDict, slices: str, source: str) -> datasets.Dataset:
+    if slices == "all":
+        return datasets.concatenate_datasets(list(splits.values()))
     try:
         parts = datasets.ReadInstruction.from_spec(slices).to_absolute({name: len(splits[name]) for name in splits})
     except ValueError as error:

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -62,20 +63,23 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, doing: str) -> Iterator[None]:
+def locked(folder: Path, doing: str, wait: bool = False) -> Iterator[None]:
     """Hold the folder's lock, which the system frees when the process ends, however it ends.
 
     Where the file system has no locks, none is held.
 
     Raises:
-        RuntimeError: another process holds it, "doing" the same.
+        RuntimeError: another process holds it, "doing" the same, and is not to be waited for.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(descriptor)
-        raise RuntimeError(f"another process is {doing} {folder}: wait for it, or use another folder") from None
+        if not wait:
+            os.close(descriptor)
+            raise RuntimeError(f"another process is {doing} {folder}: wait for it, or use another folder") from None
+        print(f"another process is {doing} {folder}: waiting for it", file=sys.stderr, flush=True)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
     except OSError:
         pass
     try:
@@ -104,6 +108,8 @@ def compare(output_dir: Path, identity: Mapping[str, Any]) -> bool:
     """
     if not output_dir.exists():
         return False
+    if not output_dir.is_dir():
+        raise ValueError(f"{output_dir} is a file: choose another output_dir")
     run_file = output_dir / RUN_FILE
     if not run_file.exists():
         # What a run writes before its first step may be there from a kill between two writes.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import difflib
 import dis
+import io
+import os
 import runpy
 import sys
 from collections.abc import Callable, Sequence
@@ -40,6 +42,9 @@ Config = TypeVar("Config")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status: 0, 1 for an error, 2 for wrong usage, 130 for an interrupt."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # help has ≤ and β, which not every console can show
     arguments = list(sys.argv[1:] if argv is None else argv)
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if command in ("--help", "-h"):
@@ -75,6 +80,8 @@ def _raised_here(error: Exception) -> bool:
     if trace is None or not trace.tb_frame.f_globals.get("__name__", "").startswith(__package__):
         return False
     # Not what an operation of ours raised, such as a look-up: that is a defect, to be reported with its traceback.
+    if isinstance(error, AssertionError):
+        return False
     return trace.tb_frame.f_code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
@@ -98,6 +105,8 @@ def score(arguments: Sequence[str]) -> int:
     from .config import ScoreConfig
 
     config = parse(ScoreConfig, "prefopt-fast score", arguments)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("score runs in one process: train scores its frozen models in all that it has")
     _quiet_libraries()
     import torch
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import parallel
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # of tensors there is no one truth of ==
 class LMHead:
     """logits = cap(logit_scale · (hidden @ weightᵀ + bias)) / temperature, with cap(x) = softcap · tanh(x / softcap).
 

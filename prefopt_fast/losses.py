@@ -374,7 +374,8 @@ def _require_one_shape(dimensions: int, **arguments: SequenceLogprobs | Tensor |
         if value is not None:
             shapes[name] = tuple(_total(value).shape)
         if isinstance(value, SequenceLogprobs):
-            shapes |= {f"{name}.{field}": tuple(getattr(value, field).shape) for field in ("mean", "length")}
+            others = {"mean": value.mean, "length": value.length}
+            shapes |= {f"{name}.{field}": tuple(x.shape) for field, x in others.items() if x is not None}
     if len({*shapes.values()}) > 1 or len(next(iter(shapes.values()))) != dimensions:
         expected = ("(B,)", "(B, T)")[dimensions - 1]
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -345,7 +346,8 @@ def load_model(
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
 ) -> nn.Module:
-    """A causal LM from a folder or hub id, safetensors only; from a PEFT adapter, its base with it.
+    """A causal LM from a folder or hub id, safetensors only; from a PEFT adapter, its base with it (where PEFT finds
+    nothing but pickled weights of an adapter on the hub, those).
 
     Raises:
         FileNotFoundError: a local path that does not exist, or a hub id that cannot be reached.
@@ -353,12 +355,13 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
-    with _explained(source):
-        if is_adapter(source):
-            from peft import PeftConfig, PeftModel
+    if is_adapter(source):
+        from peft import PeftModel
 
-            base = PeftConfig.from_pretrained(source).base_model_name_or_path
-            return PeftModel.from_pretrained(load_model(base, dtype, trust_remote_code, attn_implementation), source)
+        base = load_model(adapter_base(source), dtype, trust_remote_code, attn_implementation)
+        with _explained(source):
+            return PeftModel.from_pretrained(base, source)
+    with _explained(source):
         return AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
@@ -369,7 +372,8 @@ def load_model(
 
 
 def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a folder or hub id, with EOS as its padding token where it has none.
+    """The tokenizer of a folder or hub id, with EOS as its padding token where it has none; of an adapter's folder
+    without one, its base's.
 
     Raises:
         FileNotFoundError: a local path that does not exist, or a hub id that cannot be reached.
@@ -377,6 +381,8 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoTokenizer
 
+    if Path(source).is_dir() and is_adapter(source) and not any(Path(source).glob("tokenizer*")):
+        source = adapter_base(source)
     with _explained(source, weights=False):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     if tokenizer.pad_token_id is None:
@@ -387,10 +393,31 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
 
 
 def is_adapter(source: str) -> bool:
-    """Whether a folder, or a hub id, holds a PEFT adapter instead of a model."""
+    """Whether a folder, or a hub id, holds a PEFT adapter instead of a model.
+
+    Raises:
+        FileNotFoundError: a local path that does not exist.
+    """
+    return (Path(source) / "adapter_config.json").is_file() if Path(source).is_dir() else _is_adapter_on_hub(source)
+
+
+@functools.cache
+def _is_adapter_on_hub(source: str) -> bool:
     from transformers.utils import find_adapter_config_file
 
+    hub_name(source)
     return find_adapter_config_file(source) is not None
+
+
+def adapter_base(source: str) -> str:
+    """The folder or hub id of the model that an adapter is of; raises ValueError where it does not say."""
+    from peft import PeftConfig
+
+    with _explained(source):
+        base = PeftConfig.from_pretrained(source).base_model_name_or_path
+    if not base:
+        raise ValueError(f"{source} does not say what it adapts: base_model_name_or_path in its adapter_config.json")
+    return base
 
 
 def require_safetensors(folder: str | Path) -> list[Path]:

@@ -158,7 +158,6 @@ def score(
         ValueError: ``out`` holds something else, or a store of another key or settings (saying which); ``key`` is of
             other data than ``encoded``; sequences longer than the model has positions for; log-probs that are not
             finite.
-        RuntimeError: another process is writing to ``out``.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, found {batch_size}")
@@ -177,7 +176,7 @@ def score(
         longest = encoded[shards[0][0][0]]
         require_positions(model, len(longest["prompt_ids"]) + max(len(longest[f"{name}_ids"]) for name in responses))
     out.mkdir(parents=True, exist_ok=True)
-    with locked(out, "writing the store"):
+    with locked(out, "writing the store", wait=True):
         _begin(out, plan)
         if LogprobStore.finished(out):
             return LogprobStore.open(out, key)

@@ -83,7 +83,8 @@ def _fused(
 ) -> tuple[Tensor, ...] | None:
     """Sums, means, lengths and WPO weights in one launch; None where Triton does not compute them."""
     _check_layout(stats.logprobs, cu_seqlens)
-    if stats.logprobs.dtype != torch.float32 or resolve_backend(stats.backend, stats.logprobs.device) != "triton":
+    asked = stats.backend in ("auto", "triton") and stats.logprobs.dtype == torch.float32
+    if not asked or resolve_backend("auto", stats.logprobs.device) != "triton":  # which they may have left since
         return None
     from .kernels.sequence_statistics import sequence_statistics
 

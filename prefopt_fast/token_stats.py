@@ -40,7 +40,7 @@ class GradReport:
     chunks: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenStats:
     """Statistics of each target token; every tensor has the shape of ``targets`` and is 0 (False) where ignored.
 

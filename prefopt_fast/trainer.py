@@ -13,6 +13,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import os
 import shutil
 import signal
 import time
@@ -37,6 +38,7 @@ from .metrics import EVAL, HEAD, MetricsLog, Sums, draw_curves, peak_memory, sum
 from .objectives import Objective, make_objective
 from .policy import (
     ResponseModel,
+    adapter_base,
     find_backbone,
     is_adapter,
     load_model,
@@ -142,11 +144,11 @@ def train(config: TrainConfig) -> Path:
     output_dir = Path(config.output_dir)
     identity = _identity(config, accelerator)
     checkpoint.compare(output_dir, identity)
-    tokenizer = load_tokenizer(config.model, config.trust_remote_code)
     if is_adapter(config.model) and not config.use_peft:
         raise ValueError(
             f"{config.model} is a PEFT adapter: use_peft trains it on, and merged into its base it is a model"
         )
+    tokenizer = load_tokenizer(config.model, config.trust_remote_code)
     if config.use_peft:
         _require_adapters(config)
     weak_tokenizer = _weak_tokenizer(config, tokenizer)
@@ -505,6 +507,11 @@ def _accelerator(config: TrainConfig) -> Accelerator:
         mixed_precision=config.mixed_precision,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
+    if (world := int(os.environ.get("WORLD_SIZE", 1))) != accelerator.num_processes:
+        raise ValueError(
+            f"the launcher started {world} processes (WORLD_SIZE), and Accelerate sees {accelerator.num_processes}: "
+            "each would train alone. Without an accelerator, set ACCELERATE_USE_CPU=1"
+        )
     kind = accelerator.distributed_type
     if kind not in (
         DistributedType.NO,
@@ -690,11 +697,7 @@ def _require_adapters(config: TrainConfig) -> None:
 
 def _base(config: TrainConfig) -> str:
     """The model below the adapters: the policy's, or that of the adapter which it starts from."""
-    if not is_adapter(config.model):
-        return config.model
-    from peft import PeftConfig
-
-    return PeftConfig.from_pretrained(config.model).base_model_name_or_path
+    return adapter_base(config.model) if is_adapter(config.model) else config.model
 
 
 def _load_policy(config: TrainConfig, source: str) -> Any:

@@ -384,6 +384,7 @@ def test_load_every_kind_of_local_source(tmp_path: Path, monkeypatch: pytest.Mon
     for name in ("a.json", "saved", "splits"):
         assert len(load_preferences(str(tmp_path / name), "train[:1]")) == 1, name
     assert len(load_preferences(str(tmp_path / "splits"), "train[50%:]+test")) == 2
+    assert len(load_preferences(str(tmp_path / "splits"), "all")) == 3
     for name, split, splits in (
         ("splits", "validation", "train, test"),
         ("splits", "train[:x]", "train, test"),

@@ -147,6 +147,8 @@ def test_claim_takes_over_what_has_not_trained(tmp_path: Path) -> None:
 
 def test_claim_refuses_a_folder_of_something_else(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
+    with pytest.raises(ValueError, match=r"thesis.tex is a file"):
+        checkpoint.claim(tmp_path / "thesis.tex", {})
     with pytest.raises(ValueError, match=r"holds no run of prefopt-fast \(found thesis.tex\)"):
         checkpoint.claim(tmp_path, {})
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]

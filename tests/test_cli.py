@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -84,6 +85,23 @@ def test_bad_file(tmp_path: Path, capsys: pytest.CaptureFixture, content: str, m
     file.write_text(content)
     assert main(["train", "--config", str(file)]) == 1
     assert_error(capsys, message)
+
+
+def test_help_on_a_console_without_its_characters() -> None:
+    for encoding in ("ascii", "cp1252"):
+        command = [sys.executable, "-m", "prefopt_fast", "train", "--help"]
+        subprocess.run(command, env=os.environ | {"PYTHONIOENCODING": encoding}, capture_output=True, check=True)
+
+
+def test_a_launcher_without_an_accelerator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """torchrun starts processes that Accelerate does not join on CPUs."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["train", *REQUIRED]) == 1
+    assert_error(capsys, r"the launcher started 2 processes .* Accelerate sees 1: each would train alone")
+    assert main(["score", "--model", "m", "--dataset", "d", "--out", str(tmp_path / "store")]) == 1
+    assert_error(capsys, "score runs in one process")
 
 
 def test_a_file_has_the_spelling_of_flags(tmp_path: Path) -> None:

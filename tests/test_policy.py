@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -350,6 +351,15 @@ def test_loading(tmp_path: Path) -> None:
     adapter.peft_config["default"].base_model_name_or_path = source
     adapter.save_pretrained(tmp_path / "adapter")
     assert isinstance(load_model(str(tmp_path / "adapter"), torch.bfloat16), peft.PeftModel)
+    assert load_tokenizer(str(tmp_path / "adapter")).get_vocab() == tokenizer.get_vocab()  # its base's
+    config = tmp_path / "adapter" / "adapter_config.json"
+    for base, error, message in (
+        (None, ValueError, "does not say what it adapts"),
+        ("./no", FileNotFoundError, "./no"),
+    ):
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": base}))
+        with pytest.raises(error, match=message):
+            load_model(str(tmp_path / "adapter"))
 
 
 def test_bad_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, TimeoutError
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -224,16 +225,18 @@ def test_folders_that_are_no_store(inputs: dict, tmp_path: Path) -> None:
     assert not (tmp_path / "plan.json").exists()
 
 
-def test_two_writers_are_one_too_many(inputs: dict, tmp_path: Path) -> None:
+def test_the_second_of_two_writers_waits(inputs: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As runs that share logprobs_dir do; it then finds what the first wrote."""
     arguments, out = prepare(inputs), tmp_path / "store"
     out.mkdir()
-    with (
-        checkpoint.locked(out, "writing the store"),
-        pytest.raises(RuntimeError, match="another process is writing the store"),
-    ):
-        score(**arguments, out=out)
-    assert not list(out.iterdir())
-    score(**arguments, out=out)
+    with ThreadPoolExecutor(1) as executor:
+        with checkpoint.locked(out, "writing the store"):
+            second = executor.submit(score, **arguments, out=out)
+            with pytest.raises(TimeoutError):
+                second.result(1.0)
+            assert not list(out.iterdir())
+        assert second.result(60).rows.tolist() == LogprobStore.open(out).rows.tolist()
+    assert f"another process is writing the store {out}: waiting for it" in capsys.readouterr().err
 
 
 def test_logprobs_that_are_not_finite_are_refused(

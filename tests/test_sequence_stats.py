@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import make_problem
+from prefopt_fast.kernels import sequence_statistics
 
 import prefopt_fast as pf
 from prefopt_fast import sequence_stats
@@ -86,13 +88,17 @@ def test_sums_of_long_sequences_keep_their_digits(packed, dtype):
 
 def test_sums_keep_to_the_backend_of_the_statistics(monkeypatch):
     """Where Triton cannot compile, backend="torch" is to be enough."""
-    asked = []
-    monkeypatch.setattr(sequence_stats, "resolve_backend", lambda backend, _: asked.append(backend))
+    monkeypatch.setattr(sequence_stats, "resolve_backend", lambda backend, device: "triton")
+    used = []
+    monkeypatch.setattr(sequence_statistics, "sequence_statistics", lambda *_: used.append(1) or (torch.ones(2),) * 4)
     hidden, weight, targets = torch.randn(2, 3, 4), torch.randn(5, 4), torch.randint(5, (2, 3))
     stats = pf.token_logprobs(hidden, pf.LMHead(weight), targets, ("log_sum_sq_probs",), backend="torch")
-    pf.sequence_logprobs(stats)
-    pf.wpo_weights(stats)
-    assert {*asked} == {"torch"}
+    for backend, launches in (("torch", 0), ("reference", 0), ("triton", 2), ("auto", 2)):
+        used.clear()
+        pf.sequence_logprobs(replace(stats, backend=backend))
+        pf.wpo_weights(replace(stats, backend=backend))
+        assert len(used) == launches, backend
+    assert stats.backend == "torch"
 
 
 def test_gradient_reaches_the_tokens():

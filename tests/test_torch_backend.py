@@ -364,6 +364,10 @@ def test_a_masked_target(tolerance, others):
     ours = logprobs(hidden, pf.LMHead(weight, bias), targets, tolerance, stats=pf.STATS)
     truth = pf.reference.token_logprobs(hidden, pf.LMHead(weight, bias), targets, stats=pf.STATS)
     assert (ours.logprobs[::10] == -torch.inf).all() and not ours.is_top1[::10].any()
+    nothing = logprobs(
+        hidden, pf.LMHead(weight, torch.full_like(bias, -torch.inf)), targets, tolerance, stats=("logsumexp",)
+    )
+    assert not nothing.logprobs.isfinite().any() and not nothing.logsumexp.isfinite().any()
     for name in pf.STATS:
         if name != "mean_logit":
             assert torch.allclose(getattr(ours, name).double(), getattr(truth, name).double(), atol=1e-4), name

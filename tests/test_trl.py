@@ -23,7 +23,7 @@ pytest.importorskip("trl")
 import trl
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, DogeConfig, DogeForCausalLM, MixtralConfig, MixtralForCausalLM
 from trl.kernels.chunked_logprob import OPTIONAL_OUTPUTS, ChunkedLogProbFunction
 
 from prefopt_fast import trainer as trainer_module
@@ -247,6 +247,12 @@ def test_wpo_with_a_routers_loss_is_trls(inputs: dict[str, Any], tmp_path: Path)
     found = run(WPOTrainer(experts, args=WPOConfig(**options(tmp_path, clamp=False)), **data))
     assert found[0]["aux_loss"] > 0.1
     assert_same(found, expected)
+    dense = WPOConfig(**options(tmp_path, router_aux_loss_coef=0.5))
+    config = DogeConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, eos_token_id=0)
+    DogeForCausalLM(config).save_pretrained(tmp_path / "dense")
+    load_tokenizer(inputs["model"]).save_pretrained(tmp_path / "dense")
+    with pytest.raises(ValueError, match=r"DogeForCausalLM makes no router loss for router_aux_loss_coef 0.5"):
+        WPOTrainer(str(tmp_path / "dense"), args=dense, **data)
 
 
 def test_wpo_with_adapters_is_trls(inputs: dict[str, Any], tmp_path: Path) -> None:

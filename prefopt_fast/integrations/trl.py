@@ -340,6 +340,14 @@ class _Trainer(DPOTrainer):
             raise ValueError(f"{type(self).__name__} trains on text; found images in the dataset")
         _require_one_device(model=self.model, ref_model=self.ref_model)
         verify_head(self.model, check_tokens(self.model))
+        if self.aux_loss_enabled:
+            with torch.no_grad(), evaluation(self.model):
+                outputs = self.model(input_ids=check_tokens(self.model), output_router_logits=True, use_cache=False)
+            if outputs.get("aux_loss") is None:
+                raise ValueError(
+                    f"{type(self.model).__name__} makes no router loss for router_aux_loss_coef "
+                    f"{self.router_aux_loss_coef} to weigh: set it to 0.0"
+                )
         # The router's loss is one of all positions, in the layout that they have in DPOTrainer.
         sides, packs = len(self._responses), not self.aux_loss_enabled and verify_packing(self.model)
         _add_fast_head(self.model, ("entropy", "mean_logit", "is_top1", *self._loss_stats()), self.args, sides, packs)
