@@ -19,6 +19,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from .metrics import running_mean
+
 Scores = Mapping[str, float]
 SeedResults = Mapping[str, Any]
 
@@ -302,7 +304,7 @@ def draw_bars(axis: Axes, values: Mapping[str, Sequence[float]], top: float = 0.
 def draw_curves(seeds: Sequence[SeedResults], path: Path) -> None:
     figure, axes = plt.subplots(2, 2, figsize=(11.5, 7), layout="constrained")
     losses = by_name([seed["pretrain"]["sft_loss"] for seed in seeds])
-    lines = {f"{name} SFT": [list(enumerate(smooth(curve), 1)) for curve in of] for name, of in losses.items()}
+    lines = {f"{name} SFT": [smooth(curve) for curve in of] for name, of in losses.items()}
     draw_lines(axes[0, 0], lines, (0, None))
     axes[0, 0].set(title="SFT on the corpus", xlabel="step", ylabel="nats per token")
     curves = by_name([seed["weak_to_strong"]["curves"] for seed in seeds])
@@ -335,7 +337,7 @@ def draw_wpo(seeds: Sequence[SeedResults], path: Path) -> None:
         (axes[1, 0], "effective_share", "Effective sample size over training", 1.0),
         (axes[1, 1], "far_share", "Far pairs' share of all weight", 0.6),
     ):
-        lines = {name: [list(enumerate(smooth(run[curve]), 1)) for run in of] for name, of in training.items()}
+        lines = {name: [smooth(run[curve]) for run in of] for name, of in training.items()}
         draw_lines(axis, lines, (0, top))
         axis.set(title=title, xlabel=f"step ({last})")
     axes[1, 0].set_ylabel("share of the batch")
@@ -392,9 +394,9 @@ def draw_lines(
         )
 
 
-def smooth(values: Sequence[float], width: int = 10) -> list[float]:
-    """Each value's mean with up to ``width`` - 1 before it."""
-    return [fmean(values[max(0, end - width) : end]) for end in range(1, len(values) + 1)]
+def smooth(curve: Sequence[float]) -> list[tuple[int, float]]:
+    """Points of the running mean over 10 steps, of which the first is 1."""
+    return list(enumerate(running_mean(curve, 10), 1))
 
 
 def save(figure: Figure, path: Path, title: str) -> None:

@@ -7,7 +7,8 @@ import math
 import os
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,12 @@ def draw_curves(output_dir: Path, title: str) -> Path:
     return output_dir / "curves.png"
 
 
+def running_mean(values: Sequence[float], width: int) -> list[float]:
+    """Each value's mean with up to ``width`` - 1 before it."""
+    sums = [0.0, *accumulate(values)]
+    return [(sums[end] - sums[max(0, end - width)]) / min(end, width) for end in range(1, len(sums))]
+
+
 def _draw(axis: Any, lines: list[dict[str, Any]], name: str, label: str, color: str) -> None:
     """The metric as a line, through a running mean where it is long and noisy, and its evaluations as dots."""
     points = [(line["step"], line[name]) for line in lines if name in line]
@@ -184,16 +191,7 @@ def _draw(axis: Any, lines: list[dict[str, Any]], name: str, label: str, color: 
         axis.plot(steps, values, color=color, linewidth=0.8 if smooth else 1.6, alpha=0.3 if smooth else 1.0,
                   label=None if smooth else label, marker="o" if len(values) == 1 else None, markersize=3)  # fmt: skip
         if smooth:
-            width = len(values) // 30
-            sums = [0.0]
-            for value in values:
-                sums.append(sums[-1] + value)
-            means = [
-                (sums[end] - sums[start]) / (end - start)
-                for end in range(1, len(values) + 1)
-                for start in (max(0, end - width),)
-            ]
-            axis.plot(steps, means, color=color, linewidth=1.6, label=label)
+            axis.plot(steps, running_mean(values, len(values) // 30), color=color, linewidth=1.6, label=label)
     held_out = [(line["step"], line[EVAL + name]) for line in lines if EVAL + name in line]
     if held_out:
         axis.plot(
