@@ -22,6 +22,7 @@ PADDED_FAMILIES = {
     "recurrent_gemma",  # recurrences and convolutions
     "falcon_h1",  # a state space beside attention
     "mpt",  # ALiBi
+    "bart's decoder",  # takes no positions
 }
 
 
