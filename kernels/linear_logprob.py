@@ -623,9 +623,8 @@ def _backward_op(
     # fp16 has no range for p · ∂loss/∂logp: there the largest of them is brought to FP16_LARGEST, and put back later.
     unit = None
     if hidden.dtype == torch.float16:
-        unit = (grad.abs().where(grad.isfinite(), 0.0).amax() * (abs(scale) / FP16_LARGEST)).clamp_min(
-            torch.finfo(grad.dtype).tiny
-        )
+        largest = grad.abs().where(grad.isfinite(), 0.0).amax()
+        unit = (largest * (abs(scale) / FP16_LARGEST)).clamp_min(torch.finfo(grad.dtype).tiny)
         grad = grad / unit
     token_factors = _token_factors(grad, logprobs, logsumexp, scale)
     bias = None if bias is None else bias.contiguous()

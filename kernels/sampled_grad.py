@@ -454,9 +454,8 @@ def draw_slots(
     expected, write = _draw(column_sq, block_weights, budgets, seed, 0, tile, ranks)
     first_slots = pad((expected.counts / tile).ceil_().mul_(tile).int().cumsum(0, dtype=torch.int32), (1, 0))
     # More than is allowed by roundings alone, since where head_error was, the budgets were cut by it.
-    error = torch.maximum(expected.errors.nansum() / allowed.clamp_min(1e-30), head_error.nan_to_num(0.0)).clamp_max(
-        1.0
-    )
+    drawn_error = expected.errors.nansum() / allowed.clamp_min(1e-30)
+    error = torch.maximum(drawn_error, head_error.nan_to_num(0.0)).clamp_max(1.0)
     # The one synchronization, for what launches and buffers need. As fp32, in which whole tiles are exact.
     totals = torch.stack([expected.counts.sum(), expected.shares.sum(), error])
     total, share, error_sq, *bounds = torch.cat([totals, first_slots]).tolist()

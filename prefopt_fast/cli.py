@@ -79,10 +79,12 @@ def _raised_here(error: Exception) -> bool:
         trace = trace.tb_next
     if trace is None or not trace.tb_frame.f_globals.get("__name__", "").startswith(__package__):
         return False
-    # Not what an operation of ours raised, such as a look-up: that is a defect, to be reported with its traceback.
-    if isinstance(error, AssertionError):
-        return False
-    return trace.tb_frame.f_code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    # Neither what an operation of ours raised, such as a look-up, nor an assertion: those are defects, to be reported
+    # with their traceback.
+    return (
+        not isinstance(error, AssertionError)
+        and trace.tb_frame.f_code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    )
 
 
 def _fail(message: str, status: int) -> int:

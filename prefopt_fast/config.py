@@ -165,6 +165,11 @@ class LoraOptions:
     )
     merge_adapter: bool = _option("Save the merged model as well, in OUTPUT_DIR/merged.", False)
 
+    @property
+    def changed_lora_options(self) -> list[str]:
+        """Names of those that have not their default."""
+        return [option.name for option in fields(LoraOptions) if getattr(self, option.name) != option.default]
+
 
 @dataclass(kw_only=True)
 class TrainingOptions:
@@ -293,8 +298,7 @@ class TrainConfig(ModelOptions, DataOptions, ObjectiveOptions, LoraOptions, Comp
             raise ValueError("eval_steps needs eval_dataset or test_split_size")
         if self.eval_split and not self.eval_dataset:
             raise ValueError("eval_split needs eval_dataset")
-        changed = [option.name for option in fields(LoraOptions) if getattr(self, option.name) != option.default]
-        if changed and not self.use_peft:
+        if (changed := self.changed_lora_options) and not self.use_peft:
             raise ValueError(f"{', '.join(changed)} needs use_peft")
         self.head_tolerance  # noqa: B018 - raises where it is no tolerance
 

@@ -32,7 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, SchedulerType, get_sc
 from . import checkpoint
 from .batch import RESPONSES, add_sample_weights, align, collate, encode, load_preferences
 from .checkpoint import TEMPORARY
-from .config import FROZEN_MODELS, LoraOptions, TrainConfig
+from .config import FROZEN_MODELS, TrainConfig
 from .frozen import FrozenLogprobs, SegmentIds, scored, spread_mean, stored
 from .metrics import EVAL, HEAD, MetricsLog, Sums, draw_curves, peak_memory, summarize
 from .objectives import Objective, make_objective
@@ -184,6 +184,20 @@ def train(config: TrainConfig) -> Path:
     identity |= {name: rows and data_digest(rows) for name, rows in beside.items()}
     identity |= {name: model_digest(source) for name, source in sources.items()}
     identity |= {name: store.key.model for name, store in stores.items()}
+
+    def freeze(pairs: Pairs) -> dict[str, FrozenLogprobs | SegmentIds]:
+        result: dict[str, Any] = {name: frozen[name] for name in objective.frozen if name in frozen}
+        if pairs.segments is not None:
+            result["segments"] = SegmentIds(pairs.segments)
+        for name, source in sources.items():
+            rows, its_tokenizer, spread = pairs.encoded, tokenizer, None
+            if pairs.weak is not None and name != "ref":
+                rows, its_tokenizer = pairs.weak, weak_tokenizer
+                spread = result["segments"].spread if "segments" in result else spread_mean
+            own_key = StoreKey.of(source, its_tokenizer, rows, config.max_length, config.truncation_side)
+            result[name] = scored(source, rows, own_key, config, its_tokenizer, accelerator, spread)
+        return result
+
     with _claimed(output_dir, identity, accelerator) as finished:
         if finished:
             done = "nothing to do"
@@ -193,19 +207,6 @@ def train(config: TrainConfig) -> Path:
                     _save_merged(_load_adapter(_load_policy(config, _base(config)), output_dir), tokenizer, output_dir)
             accelerator.print(f"{output_dir} holds this run, finished after {plan.steps} steps: {done}")
             return output_dir
-
-        def freeze(pairs: Pairs) -> dict[str, FrozenLogprobs | SegmentIds]:
-            result: dict[str, Any] = {name: frozen[name] for name in objective.frozen if name in frozen}
-            if pairs.segments is not None:
-                result["segments"] = SegmentIds(pairs.segments)
-            for name, source in sources.items():
-                rows, its_tokenizer, spread = pairs.encoded, tokenizer, None
-                if pairs.weak is not None and name != "ref":
-                    rows, its_tokenizer = pairs.weak, weak_tokenizer
-                    spread = result["segments"].spread if "segments" in result else spread_mean
-                own_key = StoreKey.of(source, its_tokenizer, rows, config.max_length, config.truncation_side)
-                result[name] = scored(source, rows, own_key, config, its_tokenizer, accelerator, spread)
-            return result
 
         visited = {positions[i] for batch in plan.batches() for i in batch}
         needed = freeze(pairs.select(sorted(visited | set(held_out))))
@@ -676,9 +677,7 @@ def _require_adapters(config: TrainConfig) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust)
     if is_adapter(config.model):
-        own = ("use_peft", "merge_adapter")
-        changed = [o.name for o in dataclasses.fields(LoraOptions) if getattr(config, o.name) != o.default]
-        if given := [name for name in changed if name not in own]:
+        if given := [name for name in config.changed_lora_options if name not in ("use_peft", "merge_adapter")]:
             raise ValueError(f"leave out {', '.join(given)}: model {config.model} is an adapter, which has its own")
         policy = get_peft_model(model, PeftConfig.from_pretrained(config.model))
         find_backbone(policy)
