@@ -9,17 +9,18 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import TrainConfig
 from .losses import loss_mixture, preference_loss, reference_free, require_in, wpo_loss, wpo_pair_weight, wspo_loss
-from .sequence_stats import SequenceLogprobs, alignment_stat, segment_sum, sequence_logprobs, unpack, wpo_weights
+from .sequence_stats import SequenceLogprobs, alignment_stat, segment_sum, sequence_logprobs, wpo_weights
 from .token_stats import TokenStats
 
 PAIR = ("chosen", "rejected")
 
-# Packed statistics (N,), cu_seqlens (sequences + 1,) and each frozen model's log-probs (N,) → loss (B,), metrics (B,).
-LossFunction = Callable[[TokenStats, Tensor, Mapping[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
+# Statistics, cu_seqlens and each frozen model's log-probs → loss (B,), metrics (B,). Tokens are packed (N,) with
+# cu_seqlens (sequences + 1,), or padded (sequences, T) with None, and 0 where nothing is scored.
+LossFunction = Callable[[TokenStats, Tensor | None, Mapping[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
 
 
 class Objective(NamedTuple):
@@ -92,9 +93,9 @@ def _checked(objective: Objective) -> Objective:
 
 
 def pairwise(
-    stats: TokenStats,  # (N,)
-    cu_seqlens: Tensor,  # (2B + 1,): the chosen sequences, then the rejected ones
-    frozen: Mapping[str, Tensor],  # (N,), or (2B,) sums
+    stats: TokenStats,  # (N,) or (2B, T): the chosen sequences, then the rejected ones
+    cu_seqlens: Tensor | None,  # (2B + 1,)
+    frozen: Mapping[str, Tensor],  # as stats, or (2B,) sums
     loss_type: str | Mapping[str, float],
     beta: float,
     hyperparameters: Mapping[str, float],
@@ -107,9 +108,9 @@ def pairwise(
 
 
 def wpo(
-    stats: TokenStats,  # (N,)
-    cu_seqlens: Tensor,  # (2B + 1,): the chosen sequences, then the rejected ones
-    frozen: Mapping[str, Tensor],  # (N,), or (2B,) sums
+    stats: TokenStats,  # (N,) or (2B, T): the chosen sequences, then the rejected ones
+    cu_seqlens: Tensor | None,  # (2B + 1,)
+    frozen: Mapping[str, Tensor],  # as stats, or (2B,) sums
     alignment: str,
     clamp: bool,
     loss_type: str | Mapping[str, float],
@@ -138,9 +139,9 @@ def wpo(
 
 
 def wspo(
-    stats: TokenStats,  # (N,)
-    cu_seqlens: Tensor,  # (B + 1,): the chosen sequences
-    frozen: Mapping[str, Tensor],  # (N,) each
+    stats: TokenStats,  # (N,) or (B, T): the chosen sequences
+    cu_seqlens: Tensor | None,  # (B + 1,)
+    frozen: Mapping[str, Tensor],  # as stats
     gamma: float,
     level: str,
     sft_weight: float,
@@ -149,14 +150,18 @@ def wspo(
 
     At sequence level the weak models' log-probs enter through their mean alone, so that a weak model of another
     tokenizer takes part with that mean, spread over the policy's tokens. At segment level ``frozen["segments"]``
-    (N,) has the segment of each token.
+    has the segment of each token.
     """
+    lengths = None if cu_seqlens is None else cu_seqlens.diff().tolist()  # once: on an accelerator it synchronizes
+
+    def padded(values: Tensor) -> Tensor:
+        return values if lengths is None else nn.utils.rnn.pad_sequence(values.split(lengths), batch_first=True)
+
     segments = frozen.get("segments") if level == "segment" else None
     chosen = sequence_logprobs(stats, cu_seqlens)
-    policy, mask = unpack(stats.logprobs, cu_seqlens)
-    ref, aligned, weak = (unpack(frozen[name], cu_seqlens)[0] for name in ("ref", "weak_aligned", "weak_ref"))
-    padded_segments = None if segments is None else unpack(segments, cu_seqlens)[0]
-    loss = wspo_loss(policy, ref, aligned, weak, mask, gamma, level, padded_segments)
+    policy, mask = padded(stats.logprobs), padded(stats.mask)
+    ref, aligned, weak = (padded(frozen[name]) for name in ("ref", "weak_aligned", "weak_ref"))
+    loss = wspo_loss(policy, ref, aligned, weak, mask, gamma, level, None if segments is None else padded(segments))
     ratio = stats.logprobs.detach() - frozen["ref"]
     target = frozen["weak_aligned"] - frozen["weak_ref"]
     length = chosen.length
@@ -180,7 +185,7 @@ class _Response(NamedTuple):
         return beta * (self.policy.mean if self.ref is None else self.policy.sum - self.ref).detach()
 
 
-def _halves(stats: TokenStats, cu_seqlens: Tensor, frozen: Mapping[str, Tensor]) -> tuple[_Response, _Response]:
+def _halves(stats: TokenStats, cu_seqlens: Tensor | None, frozen: Mapping[str, Tensor]) -> tuple[_Response, _Response]:
     """Chosen and rejected; the reference's log-probs may be the sequences' sums already."""
     policy = sequence_logprobs(stats, cu_seqlens)
     ref = frozen.get("ref")

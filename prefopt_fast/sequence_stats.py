@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .kernels.dispatch import resolve_backend
 from .token_stats import TokenStats
@@ -109,16 +109,6 @@ def segment_sum(
     sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), positions, right=True)
     sums = torch.zeros(len(cu_seqlens) - 1, dtype=wide, device=values.device)
     return sums.index_add(0, sequence, values.to(wide)).to(dtype)
-
-
-def unpack(
-    values: Tensor,  # (N,)
-    cu_seqlens: Tensor,  # (S + 1,)
-) -> tuple[Tensor, Tensor]:
-    """Packed values as (S, T) with zeros on the right, T the longest sequence, and the boolean mask (S, T)."""
-    lengths = cu_seqlens.diff()
-    padded = nn.utils.rnn.pad_sequence(values.split(lengths.tolist()), batch_first=True)
-    return padded, torch.arange(padded.shape[1], device=values.device) < lengths[:, None]
 
 
 def require_tokens(length: Tensor) -> None:

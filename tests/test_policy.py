@@ -28,7 +28,6 @@ from prefopt_fast.policy import (
     verify_head,
 )
 from prefopt_fast.scoring import StoreKey, data_digest, score
-from prefopt_fast.sequence_stats import unpack
 
 VOCAB, HIDDEN = 41, 16
 COMMON = {
@@ -332,15 +331,6 @@ def test_data_parallel_wrapper(tmp_path: Path) -> None:
     finally:
         torch.distributed.destroy_process_group()
     assert all(torch.equal(parameter.grad, expected[name]) for name, parameter in model.named_parameters())
-
-
-def test_statistics_and_unpacking() -> None:
-    batch = make_batch()
-    stats, cu_seqlens = ResponseModel(make("qwen3"))(batch, stats=("entropy",))
-    padded, mask = unpack(stats.entropy, cu_seqlens)
-    assert padded.shape == mask.shape == (6, int(cu_seqlens.diff().max()))
-    assert torch.equal(padded[mask], stats.entropy) and not padded[~mask].any()
-    assert mask.sum(-1).tolist() == cu_seqlens.diff().tolist()
 
 
 def test_loading(tmp_path: Path) -> None:

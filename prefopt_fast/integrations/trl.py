@@ -39,12 +39,13 @@ from trl.kernels.chunked_logprob import OPTIONAL_OUTPUTS, ChunkedLogProbFunction
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import FusedCausalLMOutput, get_config_model_id
 
-from ..batch import IGNORE_INDEX, RESPONSES
+from ..batch import IGNORE_INDEX
 from ..config import FROZEN_MODELS
 from ..frozen import stored
 from ..head import LMHead
 from ..kernels.dispatch import resolve_backend
-from ..losses import hyperparameter_names, loss_mixture, reference_free, wpo_loss, wpo_pair_weight, wspo_loss
+from ..losses import hyperparameter_names, loss_mixture, reference_free
+from ..objectives import Objective, pair_objective, wspo_objective
 from ..policy import (
     check_tokens,
     evaluation,
@@ -57,7 +58,6 @@ from ..policy import (
     verify_packing,
 )
 from ..scoring import LogprobStore, data_digest, tokenizer_digest
-from ..sequence_stats import SequenceLogprobs, alignment_stat, segment_sum, sequence_logprobs, wpo_weights
 from ..token_stats import TokenStats, resolve_grad_tolerance, token_logprobs
 
 Tolerance = float | str | tuple[float, float]
@@ -237,7 +237,6 @@ class WPOConfig(_Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        alignment_stat(self.alignment)
         if reference_free(self.loss_mixture):
             raise ValueError(
                 f"loss_type {', '.join(self.loss_type)} has no reference, which DPOTrainer always computes"
@@ -248,22 +247,18 @@ class WPOConfig(_Config):
                 raise ValueError(
                     f"loss_type {', '.join(self.loss_type)} makes no use of {option}={found!r}: leave it at {default!r}"
                 )
-        one = torch.ones(1)
-        policy = SequenceLogprobs(-one, -one, one)
-        # What a loss has to say against its hyperparameters comes before any work.
-        wpo_loss(policy, policy, -one, -one, one, one, **self.loss_options)
+        self.objective()  # what a loss has to say against its hyperparameters comes before any work
 
     @property
     def loss_mixture(self) -> dict[str, float]:
         return loss_mixture(dict(zip(self.loss_type, self.loss_weights or [1.0] * len(self.loss_type), strict=True)))
 
-    @property
-    def loss_options(self) -> dict[str, Any]:
-        """Those of :func:`prefopt_fast.wpo_loss`."""
+    def objective(self) -> Objective:
         accepted = hyperparameter_names(self.loss_mixture)
         given = {name: getattr(self, option) for option, (name, _) in self._hyperparameters.items()}
         hyperparameters = {name: value for name, value in given.items() if name in accepted}
-        return {"loss_type": self.loss_mixture, "beta": self.beta, "clamp": self.clamp, **hyperparameters}
+        weighting = (self.alignment, self.clamp)
+        return pair_objective(self.loss_mixture, self.beta, hyperparameters, weighting=weighting)
 
 
 @dataclass
@@ -301,10 +296,12 @@ class WSPOConfig(_Config):
         super().__post_init__()
         if self.level not in ("token", "sequence"):
             raise ValueError(f'level must be "token" or "sequence" in TRL\'s trainer; found {self.level!r}')
-        one = torch.ones(1, 1)
-        wspo_loss(one, one, one, one, one, self.gamma, self.level)  # raises for gamma
+        self.objective()  # raises for gamma
         if self.truncation_mode != "keep_start" and any(getattr(self, f"{name}_logprobs") for name in FROZEN_MODELS):
             raise ValueError(f"stored log-probs need truncation_mode='keep_start', found {self.truncation_mode!r}")
+
+    def objective(self) -> Objective:
+        return wspo_objective(self.gamma, self.level)
 
 
 @dataclass
@@ -318,7 +315,6 @@ class _Trainer(DPOTrainer):
     """DPOTrainer whose policy computes token statistics by our operator; subclasses make a loss of them."""
 
     _config: ClassVar[type[_Config]]
-    _responses: ClassVar[tuple[str, ...]]  # in the order of a batch's sequences
     _frozen_inputs: ClassVar[tuple[str, ...]]  # what a batch says of frozen models
     args: Any
     model: Any
@@ -328,6 +324,7 @@ class _Trainer(DPOTrainer):
 
     def __init__(self, model: Any, ref_model: Any = None, args: _Config | None = None, **kwargs: Any):
         args = self._resolve_args(model, args)
+        self._objective = args.objective()
         super().__init__(model, ref_model, args, **kwargs)
         self._fuse_heads()
 
@@ -349,8 +346,10 @@ class _Trainer(DPOTrainer):
                     f"{self.router_aux_loss_coef} to weigh: set it to 0.0"
                 )
         # The router's loss is one of all positions, in the layout that they have in DPOTrainer.
-        sides, packs = len(self._responses), not self.aux_loss_enabled and verify_packing(self.model)
-        _add_fast_head(self.model, ("entropy", "mean_logit", "is_top1", *self._loss_stats()), self.args, sides, packs)
+        sides = len(self._objective.responses)
+        packs = not self.aux_loss_enabled and verify_packing(self.model)
+        stats = ("entropy", "mean_logit", "is_top1", *self._objective.stats)
+        _add_fast_head(self.model, stats, self.args, sides, packs)
         if self.ref_model is not None:
             ref = self.accelerator.unwrap_model(self.ref_model)
             # FSDP has sharded it already: nothing but its whole forward runs, and its kind says as much.
@@ -379,12 +378,8 @@ class _Trainer(DPOTrainer):
             eval_dataset = self._prepare_dataset(eval_dataset, self.processing_class, self.args, "eval")
         return super(DPOTrainer, self).evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
-    def _loss_stats(self) -> tuple[str, ...]:
-        """Token statistics that the loss needs beside the log-probs."""
-        return ()
-
-    def _loss(self, stats: TokenStats, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """From statistics (S, T - 1) to the loss () and metrics, each a vector whose mean is logged."""
+    def _frozen_logps(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """Each frozen model's log-probs, by token (S, T - 1) or by sequence (S,)."""
         raise NotImplementedError
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
@@ -400,17 +395,18 @@ class _Trainer(DPOTrainer):
             max_logprob=outputs.max_logprob,
             backend=self.args.backend,
         )
-        loss, metrics = self._loss(stats, inputs)
+        losses, metrics = self._objective.function(stats, None, self._frozen_logps(inputs))
+        loss = losses.mean()
+        metrics.pop("wpo/squared_weight", None)  # of which a mean says nothing
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss
             metrics["aux_loss"] = outputs.aux_loss[None]
         metrics["entropy"] = outputs.entropy[stats.mask]
-        sides = len(self._responses)
+        sides = len(self._objective.responses)
         masks = stats.mask.chunk(sides)
-        parts = (self._responses, masks, stats.logprobs.chunk(sides), outputs.mean_logits.chunk(sides))
-        for name, mask, logprobs, mean_logits in zip(*parts, strict=True):
+        parts = (self._objective.responses, masks, outputs.mean_logits.chunk(sides))
+        for name, mask, mean_logits in zip(*parts, strict=True):
             metrics[f"logits/{name}"] = mean_logits[mask]
-            metrics[f"logps/{name}"] = logprobs.sum(-1)
         metrics["mean_token_accuracy"] = outputs.is_top1.chunk(sides)[0][masks[0]]
         self._record(metrics, inputs["attention_mask"].sum())
         if return_outputs:  # for compute_metrics, which takes logits
@@ -508,12 +504,7 @@ class WPOTrainer(_Trainer):
         "title": "WPO: Enhancing RLHF with Weighted Preference Optimization",
         "id": "2406.11827",
     }
-    _responses = RESPONSES
     _frozen_inputs = ("ref_chosen_logps", "ref_rejected_logps")
-
-    def _loss_stats(self) -> tuple[str, ...]:
-        statistic = alignment_stat(self.args.alignment)
-        return () if statistic is None else (statistic,)
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         if set(self._frozen_inputs) <= set(dataset.column_names or ()):
@@ -521,25 +512,11 @@ class WPOTrainer(_Trainer):
         self._fuse_heads()
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
-    def _loss(self, stats: TokenStats, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        args = self.args
+    def _frozen_logps(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
         if self.precompute_ref_logps:
-            ref_chosen, ref_rejected = (inputs[name] for name in self._frozen_inputs)
-        else:
-            ref_model = self.model if self.ref_model is None else self.ref_model
-            ref_chosen, ref_rejected = self.compute_ref_log_probs(ref_model, inputs)
-        chosen, rejected = sequence_logprobs(stats).chunk(2)
-        chosen_weight, rejected_weight = wpo_weights(stats, args.alignment).chunk(2)
-        loss = wpo_loss(chosen, rejected, ref_chosen, ref_rejected, chosen_weight, rejected_weight, **args.loss_options)
-        chosen_reward = args.beta * (chosen.sum.detach() - ref_chosen)
-        rejected_reward = args.beta * (rejected.sum.detach() - ref_rejected)
-        return loss.mean(), {
-            "rewards/chosen": chosen_reward,
-            "rewards/rejected": rejected_reward,
-            "rewards/accuracies": (chosen_reward > rejected_reward).float(),
-            "rewards/margins": chosen_reward - rejected_reward,
-            "wpo/weight": wpo_pair_weight(chosen_weight, rejected_weight, args.clamp),
-        }
+            return {"ref": torch.cat([inputs[name] for name in self._frozen_inputs])}
+        ref_model = self.model if self.ref_model is None else self.ref_model
+        return {"ref": torch.cat(self.compute_ref_log_probs(ref_model, inputs))}
 
 
 @dataclass
@@ -604,7 +581,6 @@ class WSPOTrainer(_Trainer):
         "title": "Weak-to-Strong Preference Optimization: Stealing Reward from Weak Aligned Model",
         "id": "2410.18640",
     }
-    _responses = ("chosen",)
     _frozen_inputs = _FROZEN_COLUMNS
 
     def __init__(
@@ -712,7 +688,9 @@ class WSPOTrainer(_Trainer):
                     model = load_model(model, self.model.dtype, self.args.trust_remote_code)
                 model = model.to(self.accelerator.device)
                 lent.enter_context(evaluation(model))
-                lent.callback(_add_fast_head(model, (), self.args, len(self._responses), verify_packing(model)))
+                lent.callback(
+                    _add_fast_head(model, (), self.args, len(self._objective.responses), verify_packing(model))
+                )
             for batch in tqdm(loader, desc=f"Scoring the {name} data with {frozen}"):
                 scored = (self.compute_ref_log_probs(model, batch), batch["completion_mask"][:, 1:])
                 gathered = self.accelerator.gather_for_metrics(self.accelerator.pad_across_processes(scored, dim=1))
@@ -733,16 +711,8 @@ class WSPOTrainer(_Trainer):
         )
         return found[0]
 
-    def _loss(self, stats: TokenStats, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        ref, weak_aligned, weak_ref = (inputs[name] for name in _FROZEN_COLUMNS)
-        gamma = self.args.gamma
-        loss = wspo_loss(stats.logprobs, ref, weak_aligned, weak_ref, stats.mask, gamma, self.args.level)
-        length = segment_sum(stats.mask, None)
-        return loss.mean(), {
-            "wspo/residual": loss.detach().sqrt(),
-            "wspo/log_ratio": gamma * (stats.logprobs.detach() - ref).sum(-1) / length,
-            "wspo/target": (weak_aligned - weak_ref).sum(-1) / length,
-        }
+    def _frozen_logps(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        return {name: inputs[column] for name, column in zip(FROZEN_MODELS, _FROZEN_COLUMNS, strict=True)}
 
 
 def _require_one_device(**models: Any) -> None:
