@@ -16,6 +16,7 @@ from .sequence_stats import ALIGNMENTS, alignment_stat
 
 OBJECTIVES = ("wpo", "wspo", "dpo", *PAIRWISE_LOSSES)  # "dpo" is sigmoid
 FROZEN_MODELS = ("ref", "weak_aligned", "weak_ref")
+AUTOCAST_DTYPES = {"bf16": "bfloat16", "fp16": "float16"}  # by Accelerate's names of mixed precision
 
 # Options of pairwise losses, and the names their functions have for them.
 _HYPERPARAMETERS = {

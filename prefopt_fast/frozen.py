@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .batch import ResponseBatch
 from .checkpoint import LOGPROBS
-from .config import TrainConfig
+from .config import AUTOCAST_DTYPES, TrainConfig
 from .policy import load_model
 from .scoring import LogprobStore, StoreKey, data_digest, require_key, score
 from .segments import spread_over_segments
@@ -112,13 +112,16 @@ def scored(
     The model is freed before this returns. Of ``key``, that of all rows, each share has its own data.
     """
     directory = Path(config.logprobs_dir or Path(config.output_dir) / LOGPROBS)
+    dtype = config.dtype
+    if accelerator.is_fsdp2:  # whose mixed precision has the weights themselves in 16 bits: frozen ones round alike
+        dtype = AUTOCAST_DTYPES.get(accelerator.mixed_precision, dtype)
     shares, world = [], accelerator.num_processes
     for process in range(min(world, len(encoded))):
         share = encoded.select(range(process, len(encoded), world))
         share_key = replace(key, data=data_digest(share))
         settings = asdict(share_key) | {
             "batch_size": config.per_device_eval_batch_size,
-            "dtype": config.dtype,
+            "dtype": dtype,
             "attn_implementation": config.attn_implementation,
             "backend": config.backend,
             "mixed_precision": accelerator.mixed_precision,
@@ -129,7 +132,7 @@ def scored(
         share, share_key, path = shares[accelerator.process_index]
         if not LogprobStore.finished(path):
             accelerator.print(f"scoring {source} on {len(encoded)} rows")
-            model = load_model(source, config.dtype, config.trust_remote_code, config.attn_implementation)
+            model = load_model(source, dtype, config.trust_remote_code, config.attn_implementation)
             with accelerator.autocast():
                 score(
                     model.to(accelerator.device),

@@ -60,8 +60,9 @@ class ResponseModel(nn.Module):
         seed: int = 0,
     ):
         super().__init__()
-        find_backbone(model)
+        backbone: Any = find_backbone(model)
         self.model = model
+        self._no_split_modules = getattr(backbone, "_no_split_modules", None)  # which Accelerate's FSDP shards apart
         self.grad_tolerance = grad_tolerance
         self.backend = backend
         self.temperature = temperature
@@ -361,7 +362,7 @@ def load_model(
         base = load_model(adapter_base(source), dtype, trust_remote_code, attn_implementation)
         with _explained(source):
             return PeftModel.from_pretrained(base, source)
-    with _explained(source):
+    with _explained(source), _whole_in_every_process():
         return AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
@@ -369,6 +370,16 @@ def load_model(
             trust_remote_code=trust_remote_code,
             attn_implementation=attn_implementation,
         )
+
+
+@contextlib.contextmanager
+def _whole_in_every_process() -> Iterator[None]:
+    """Under Accelerate's FSDP, transformers gives weights to one process and expects that they are broadcast: frozen
+    models, which nothing shards, would be left without any."""
+    from accelerate.utils import patch_environment
+
+    with patch_environment(fsdp_cpu_ram_efficient_loading="false"):
+        yield
 
 
 def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:

@@ -138,7 +138,8 @@ def token_logprobs(
         from . import vocab_parallel  # which imports dynamo
 
         outputs, report = vocab_parallel.linear_logprob(*operands, *how, head.group, head.vocab_start)
-    shaped = {name: value.reshape(targets.shape) for name, value in outputs.items()}
+    # No view where none is needed, such as FSDP warns of where a model returns it.
+    shaped = {n: value if targets.dim() == 1 else value.reshape(targets.shape) for n, value in outputs.items()}
     return TokenStats(mask=targets != ignore_index, report=report, backend=backend, **shaped)
 
 

@@ -26,13 +26,21 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import DistributedDataParallelKwargs, gather_object, set_seed
 from torch import nn
+from torch.distributed import checkpoint as distributed_checkpoint
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, SchedulerType, get_scheduler
 
 from . import checkpoint
 from .batch import RESPONSES, add_sample_weights, align, collate, encode, load_preferences
 from .checkpoint import TEMPORARY
-from .config import FROZEN_MODELS, TrainConfig
+from .config import AUTOCAST_DTYPES, FROZEN_MODELS, TrainConfig
 from .frozen import FrozenLogprobs, SegmentIds, scored, spread_mean, stored
 from .metrics import EVAL, HEAD, MetricsLog, Sums, draw_curves, peak_memory, summarize
 from .objectives import Objective, make_objective
@@ -50,6 +58,7 @@ from .scoring import LogprobStore, StoreKey, data_digest, model_digest
 from .token_stats import GradReport, TokenStats
 
 MERGED = "merged"  # folder of the model that merge_adapter wants
+OPTIMIZER = "optimizer"  # folder of a checkpoint's optimizer where it is sharded
 # Options that change where things lie or what is kept, not what is computed. Models and data count by their digests.
 _NOT_IDENTITY = {
     *(
@@ -126,7 +135,8 @@ class BatchPlan(NamedTuple):
 def train(config: TrainConfig) -> Path:
     """Train as ``config`` says, going on from the last checkpoint in its ``output_dir``; returns that folder.
 
-    Several processes (``accelerate launch``, ``torchrun``) share each step's pairs and compute what one would.
+    Several processes (``accelerate launch``, ``torchrun``) share each step's pairs, and under FSDP2 the weights and the
+    optimizer's state, and compute what one would.
 
     Raises:
         ValueError, FileNotFoundError: options, models, data or stores that do not fit, or an ``output_dir`` that holds
@@ -165,7 +175,7 @@ def train(config: TrainConfig) -> Path:
     tokenizers = (tokenizer, weak_tokenizer)
     pairs = _load_pairs(config, config.dataset, config.dataset_split, tokenizers, responses, accelerator)
     key = StoreKey.of(config.model, tokenizer, pairs.all_encoded, config.max_length, config.truncation_side)
-    dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(accelerator.mixed_precision, config.dtype)
+    dtype = AUTOCAST_DTYPES.get(accelerator.mixed_precision, config.dtype)
     frozen = {name: stored(store, key, name, dtype, accelerator.print) for name, store in stores.items()}
     positions, held_out = _hold_out(config, len(pairs.encoded))
     eval_pairs = None
@@ -204,7 +214,7 @@ def train(config: TrainConfig) -> Path:
             if config.merge_adapter and not (output_dir / MERGED).exists():
                 done = f"merged into {output_dir / MERGED}"
                 if accelerator.is_main_process:
-                    _save_merged(_load_adapter(_load_policy(config, _base(config)), output_dir), tokenizer, output_dir)
+                    _save_merged(config, tokenizer)
             accelerator.print(f"{output_dir} holds this run, finished after {plan.steps} steps: {done}")
             return output_dir
 
@@ -262,6 +272,7 @@ class Loop:
             config.lr_scheduler_type, optimizer, math.ceil(config.warmup_ratio * plan.steps), plan.steps
         )
         self.model, self.optimizer = accelerator.prepare(self.response_model, optimizer)
+        self.sharded = accelerator.is_fsdp2
         self.step, self.sums, self.seconds = 0, Sums(), 0.0
         self.norms = torch.zeros((), device=accelerator.device)  # of gradients, summed: one that is not finite stays
         narrow = {str(p.dtype) for p in self.policy.parameters() if p.requires_grad and p.dtype.itemsize == 2}
@@ -328,22 +339,21 @@ class Loop:
     def _train_step(self, batch: list[int]) -> torch.Tensor:
         """One optimizer step on the pairs at positions ``batch`` of the training rows; returns the gradient's norm."""
         accelerator = self.accelerator
-        mine = self._share(batch, self.training.encoded)
-        # A process without a pair in an epoch's last batch still has to take part in the gradients' average.
-        scale = accelerator.num_processes / len(batch) if mine else 0.0
-        micro_batches = _chunks(mine or batch[:1], self.config.per_device_train_batch_size)
-        for i, positions in enumerate(micro_batches):
+        micro_batches = self._batches(batch, self.training, self.config.per_device_train_batch_size)
+        for i, (positions, counts) in enumerate(micro_batches):
             # Another one in each process, so that the errors of what is sampled average out over them.
             forward_passes = self.step * self.config.gradient_accumulation_steps + i
             self.response_model.seed = forward_passes * accelerator.num_processes + accelerator.process_index
             sync = contextlib.nullcontext() if i == len(micro_batches) - 1 else accelerator.no_sync(self.model)
             with sync:
                 loss, metrics, stats = self._forward(self.model, self.training, positions)
-                # DistributedDataParallel averages over processes, so this is the mean over the step's pairs.
-                accelerator.backward(loss.sum() * scale)
-            if mine:
+                # Gradients are averaged over processes, so this is the mean over the step's pairs.
+                accelerator.backward(loss.sum() * (accelerator.num_processes / len(batch) if counts else 0.0))
+            if counts:
                 self.sums.add(metrics | _head_metrics(stats.grad_report, loss))
         grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm or math.inf)
+        if self.sharded:
+            grad_norm = grad_norm.full_tensor()
         if accelerator.scaler is None:  # which leaves out steps whose gradients overflow
             self.norms += grad_norm
         self.optimizer.step()
@@ -354,7 +364,9 @@ class Loop:
 
     def _require_finite_weights(self) -> None:
         """What the gradients cannot tell: that the last update went beyond the weights' range."""
-        if not all(bool(p.isfinite().all()) for p in self.policy.parameters() if p.requires_grad):
+        trained: list[Any] = [p for p in self.policy.parameters() if p.requires_grad]
+        shards = [p.to_local() for p in trained] if self.sharded else trained
+        if self._anywhere(not all(bool(shard.isfinite().all()) for shard in shards)):
             raise FloatingPointError(
                 f"a weight is not finite after step {self.step}, and nothing was saved of it: lower learning_rate, or "
                 "train in a wider dtype"
@@ -390,21 +402,32 @@ class Loop:
         metrics = {"loss": loss, **metrics, "pairs": torch.ones_like(loss), "tokens": batch.attention_mask.sum()}
         return loss, metrics, stats
 
-    def _share(self, positions: list[int], rows: datasets.Dataset) -> list[int]:
-        """This process's part, by length: pairs of one forward pass then need little padding."""
-        lengths = {position: _length(rows[position]) for position in positions}
+    def _batches(self, positions: list[int], split: Split, size: int) -> list[tuple[list[int], bool]]:
+        """This process's part in batches, by length: pairs of one forward pass then need little padding.
+
+        Every process has as many, since the average of gradients takes all of them, and sharded weights' forward passes
+        do: a pair fills up, in a batch that does not count.
+        """
+        processes = self.accelerator.num_processes
+        lengths = {position: _length(split.encoded[position]) for position in positions}
         ordered = sorted(positions, key=lambda position: (lengths[position], position))
-        return ordered[self.accelerator.process_index :: self.accelerator.num_processes]
+        batches = [(batch, True) for batch in _chunks(ordered[self.accelerator.process_index :: processes], size)]
+        missing = math.ceil(len(positions) / processes / size) - len(batches)
+        return batches + [(positions[:1], False)] * missing
 
     @torch.no_grad()
     def _evaluate(self, log: MetricsLog | None) -> None:
         assert self.evaluation is not None
         self.model.eval()
         sums = Sums()
-        mine = self._share(list(range(len(self.evaluation.encoded))), self.evaluation.encoded)
-        for positions in _chunks(mine, self.config.per_device_eval_batch_size):
-            # Not through DistributedDataParallel: processes may have different numbers of batches here.
-            sums.add(self._forward(self.response_model, self.evaluation, positions)[1])
+        positions = list(range(len(self.evaluation.encoded)))
+        for batch, counts in self._batches(positions, self.evaluation, self.config.per_device_eval_batch_size):
+            metrics = self._forward(self.response_model, self.evaluation, batch)[1]
+            if counts:
+                sums.add(metrics)
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):  # of which some wait for a backward with their weights gathered
+                module.reshard()
         self.model.train()
         means, _ = self._means(sums)
         if log is not None:
@@ -450,12 +473,15 @@ class Loop:
         accelerator.wait_for_everyone()
         process = {"rng": checkpoint.rng_state(), "sums": self.sums.state(), "seconds": self.seconds}
         torch.save(process, partial / f"process-{accelerator.process_index}.pt")
+        if self.sharded:
+            distributed_checkpoint.save(self._sharded_optimizer_state(), checkpoint_id=partial / OPTIMIZER)
+        weights = self._weights()
         if accelerator.is_main_process:
-            self.policy.save_pretrained(partial)
+            self.policy.save_pretrained(partial, state_dict=weights)
             self.tokenizer.save_pretrained(partial)
             state = {
                 "step": self.step,
-                "optimizer": self.optimizer.state_dict(),
+                "optimizer": None if self.sharded else self.optimizer.state_dict(),
                 "scheduler": self.scheduler.state_dict(),
                 "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
             }
@@ -469,7 +495,12 @@ class Loop:
         """All but the weights, which the policy was loaded with."""
         state = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
         self.step = state["step"]
-        self.optimizer.load_state_dict(state["optimizer"])
+        if self.sharded:
+            optimizer = self._sharded_optimizer_state()
+            distributed_checkpoint.load(optimizer, checkpoint_id=folder / OPTIMIZER)
+            set_optimizer_state_dict(self.model, self.optimizer.optimizer, optim_state_dict=optimizer)
+        else:
+            self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         if self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -479,12 +510,28 @@ class Loop:
         self.sums, self.seconds = Sums(process["sums"]), process["seconds"]
         checkpoint.set_rng_state(process["rng"])
 
+    def _weights(self) -> dict[str, torch.Tensor] | None:
+        """Sharded weights in whole, in the main process' memory, by the policy's names; None where they are whole."""
+        if not self.sharded:
+            return None
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=self.config.use_peft)
+        weights = get_model_state_dict(self.model, options=options)
+        names: dict[nn.Parameter, str] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            if name in weights:  # tied ones, which were gathered apart, as one again: transformers saves that once
+                weights[name] = weights[names.setdefault(parameter, name)]
+        return {name.removeprefix("model."): value for name, value in weights.items()}
+
+    def _sharded_optimizer_state(self) -> dict[str, Any]:
+        return get_optimizer_state_dict(self.model, self.optimizer.optimizer)
+
     def _save_model(self) -> None:
         """The model's files in ``output_dir``, weights last: a folder with weights is a whole model."""
+        weights = self._weights()
         if not self.accelerator.is_main_process:
             return
         partial = self.output_dir / f"final{TEMPORARY}"
-        self.policy.save_pretrained(partial)
+        self.policy.save_pretrained(partial, state_dict=weights)
         self.tokenizer.save_pretrained(partial)
         for path in sorted(partial.iterdir(), key=lambda path: (path.suffix == ".safetensors", path.name)):
             final = self.output_dir / path.name
@@ -493,10 +540,12 @@ class Loop:
             checkpoint.publish(path, final)
         partial.rmdir()
         if self.config.merge_adapter and not (self.output_dir / MERGED).exists():
-            _save_merged(self.policy, self.tokenizer, self.output_dir)
+            _save_merged(self.config, self.tokenizer)
 
 
-def _save_merged(policy: Any, tokenizer: Any, output_dir: Path) -> None:
+def _save_merged(config: TrainConfig, tokenizer: Any) -> None:
+    output_dir = Path(config.output_dir)
+    policy = _load_adapter(_load_policy(config, _base(config)), output_dir)
     partial = output_dir / f"{MERGED}{TEMPORARY}"
     policy.merge_and_unload().save_pretrained(partial)
     tokenizer.save_pretrained(partial)
@@ -504,6 +553,8 @@ def _save_merged(policy: Any, tokenizer: Any, output_dir: Path) -> None:
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:
+    # Layer by layer: by Accelerate's default, FSDP would gather all weights at once.
+    os.environ.setdefault("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
@@ -514,21 +565,39 @@ def _accelerator(config: TrainConfig) -> Accelerator:
             "each would train alone. Without an accelerator, set ACCELERATE_USE_CPU=1"
         )
     kind = accelerator.distributed_type
-    if kind not in (
+    if not accelerator.is_fsdp2 and kind not in (
         DistributedType.NO,
         DistributedType.MULTI_GPU,
         DistributedType.MULTI_CPU,
         DistributedType.MULTI_XPU,
     ):
-        raise ValueError(f"training runs in one process or with DistributedDataParallel, found {kind}")
+        raise ValueError(
+            "training runs in one process, with DistributedDataParallel, or with FSDP of version 2 (accelerate launch "
+            f"--use_fsdp --fsdp_version 2), found {kind.value}"
+        )
+    if accelerator.is_fsdp2:
+        plugin = accelerator.state.fsdp_plugin
+        plugin.cpu_ram_efficient_loading = False  # as load_model has it
+        if plugin.mixed_precision_policy is not None:  # by which log-probs and sums of gradients would have 16 bits
+            plugin.mixed_precision_policy = dataclasses.replace(
+                plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
+            )
+        if accelerator.mixed_precision != "no" and config.dtype != "float32" and not config.use_peft:
+            raise ValueError(
+                f"dtype must be float32 with FSDP's mixed precision, which trains such weights; found {config.dtype}"
+            )
     return accelerator
 
 
 def _identity(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
     """What a run's result depends on and is known at once; digests of models and data come to it later."""
     options = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NOT_IDENTITY}
-    precision = {"processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
-    return {name: value for name, value in options.items() if name not in ("bf16", "fp16")} | precision
+    launched = {
+        "processes": accelerator.num_processes,
+        "sharded": accelerator.is_fsdp2,
+        "mixed_precision": accelerator.mixed_precision,
+    }
+    return {name: value for name, value in options.items() if name not in ("bf16", "fp16")} | launched
 
 
 def _require_schedule(name: str) -> None:

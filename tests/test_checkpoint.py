@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import signal
 from pathlib import Path
 
@@ -20,16 +19,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {"model": tiny.make_model(folder / "model"), "dataset": tiny.make_pairs(folder / "pairs.json", 10)}
 
 
-@pytest.fixture(scope="module")
-def children() -> multiprocessing.context.BaseContext:
-    """Processes forked from one that has done the imports: a start costs milliseconds, a kill is a kill."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tiny", "prefopt_fast.trainer", "peft", "matplotlib.pyplot"])
-    return context
-
-
-def run(children: multiprocessing.context.BaseContext, *arguments: object) -> int:
-    child = children.Process(target=tiny.train_in_child, args=arguments)  # type: ignore[attr-defined]
+def run(*arguments: object) -> int | None:
+    child = tiny.children().Process(target=tiny.train_in_child, args=arguments)
     child.start()
     child.join(120)
     return child.exitcode
@@ -63,16 +54,14 @@ KILLS = [
     ],
     ids=["full", "adapter"],
 )
-def test_killed_run_ends_as_one_never_killed(
-    children: multiprocessing.context.BaseContext, inputs: dict[str, str], tmp_path: Path, options: dict
-) -> None:
+def test_killed_run_ends_as_one_never_killed(inputs: dict[str, str], tmp_path: Path, options: dict) -> None:
     options = inputs | options | {"learning_rate": 1e-2, "max_steps": 7, "save_steps": 2, "save_total_limit": 1}
     options |= {"per_device_eval_batch_size": 2, "warmup_ratio": 0.3}
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert run(children, options | {"output_dir": str(whole)}) == 0
+    assert run(options | {"output_dir": str(whole)}) == 0
     for kill in KILLS:
-        assert run(children, options | {"output_dir": str(broken)}, kill) == -signal.SIGKILL, kill
-    assert run(children, options | {"output_dir": str(broken)}) == 0
+        assert run(options | {"output_dir": str(broken)}, kill) == -signal.SIGKILL, kill
+    assert run(options | {"output_dir": str(broken)}) == 0
 
     name = "adapter_model.safetensors" if options.get("use_peft") else "model.safetensors"
     expected, found = tiny.read_weights(whole, name), tiny.read_weights(broken, name)
@@ -84,11 +73,9 @@ def test_killed_run_ends_as_one_never_killed(
     assert checkpoint.latest_checkpoint(broken) == broken / "checkpoint-6"
 
 
-def test_checkpoint_holds_no_code(
-    children: multiprocessing.context.BaseContext, inputs: dict[str, str], tmp_path: Path
-) -> None:
+def test_checkpoint_holds_no_code(inputs: dict[str, str], tmp_path: Path) -> None:
     options = inputs | {"objective": "dpo", "max_steps": 3, "save_steps": 2, "output_dir": str(tmp_path / "out")}
-    assert run(children, options) == 0
+    assert run(options) == 0
     folder = checkpoint.latest_checkpoint(tmp_path / "out")
     assert folder is not None
     for file in folder.glob("*.pt"):

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import runpy
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -306,9 +304,8 @@ def test_wspo_against_full_logits(inputs: dict[str, str], chosen: datasets.Datas
     assert relative_error(-found, gradient) < 1e-4
 
 
-def train_in_child(options: dict[str, Any], model: str, rows: str, output: Path, environment: dict[str, str]) -> None:
-    os.environ.update(environment)
-    torch.set_num_threads(1)
+def train_in_child(options: dict[str, Any], model: str, rows: str, output: Path) -> None:
+    os.environ["FSDP_AUTO_WRAP_POLICY"] = "TRANSFORMER_BASED_WRAP"
     trainer = PreferenceTrainer(
         load_model(model), arguments(output, **options), train_dataset=datasets.load_from_disk(rows), loss=pf.WPOLoss()
     )
@@ -318,32 +315,21 @@ def train_in_child(options: dict[str, Any], model: str, rows: str, output: Path,
         (output / "log.json").write_text(json.dumps(trainer.state.log_history))
 
 
-def test_two_processes_compute_what_one_does(inputs: dict[str, str], pairs: datasets.Dataset, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_processes_compute_what_one_does(
+    inputs: dict[str, str], pairs: datasets.Dataset, tmp_path: Path, sharded: bool
+) -> None:
     """Two steps of 4 pairs, 2 + 2 in two processes."""
     pairs.save_to_disk(tmp_path / "pairs")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tiny", "peft", "prefopt_fast.integrations.transformers"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    options = {"max_steps": 2, **LINEAR_ADAM}
-    shared = (options | {"per_device_train_batch_size": 2}, inputs["model"], str(tmp_path / "pairs"), tmp_path / "two")
-    children = [
-        context.Process(target=train_in_child, args=(*shared, environment | {"RANK": rank, "LOCAL_RANK": rank}))
-        for rank in ("0", "1")
-    ]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(120)
-        assert child.exitcode == 0
-    train_in_child(options | {"per_device_train_batch_size": 4}, *shared[1:3], tmp_path / "one", {})
+    options, model = {"max_steps": 2, **LINEAR_ADAM}, inputs["model"]
+    shared = options | {"per_device_train_batch_size": 2}, model, str(tmp_path / "pairs"), tmp_path / "two"
+    assert tiny.in_two_processes(train_in_child, *shared, sharded=sharded) == [0, 0]
+    train_in_child(options | {"per_device_train_batch_size": 4}, *shared[1:3], tmp_path / "one")
     lines = [json.loads((tmp_path / name / "log.json").read_text()) for name in ("two", "one")]
     for found, expected in zip(lines[0][:2], lines[1][:2], strict=True):
         for name in ("loss", "rewards/margins", "wpo/weight"):
             assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6)
-    two, one = (update(load_model(str(tmp_path / name)), inputs["model"]) for name in ("two", "one"))
+    two, one = (update(load_model(str(tmp_path / name)), model) for name in ("two", "one"))
     assert float(one.norm()) > 1e-2 and relative_error(two, one) < 1e-4
 
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import os
 import re
 import shutil
 import signal
-import socket
 import sys
 import time
+import types
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,10 @@ import tiny
 import torch
 import torch.nn.functional as F
 import transformers
+from accelerate import DistributedType
 from conftest import relative_error
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from prefopt_fast import PAIRWISE_LOSSES, TokenStats, checkpoint, frozen, trainer
 from prefopt_fast.batch import TRUNCATION_SIDES, encode, load_preferences
@@ -308,55 +309,105 @@ def assert_same_run(one: Path, other: Path, start: Path) -> None:
     assert relative_error(torch.cat([(found[name] - before[name]).flatten() for name in before]), update) < 1e-4
 
 
-def in_two_processes(target: Callable[..., None], options: dict[str, Any]) -> None:
-    """``target(options, None, environment)`` in each, as a launcher would start it; waits for both to succeed."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tiny", "prefopt_fast.trainer", "peft", "matplotlib.pyplot"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment = {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    children = [
-        context.Process(target=target, args=(options, None, environment | {"RANK": rank, "LOCAL_RANK": rank}))
-        for rank in ("0", "1")
-    ]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(120)
-        assert child.exitcode == 0
+def train_layer_by_layer(options: dict[str, Any]) -> None:
+    """In a process of its own, of which each layer's weights are sharded apart, and what is left together."""
+    run = trainer.Loop.run
+
+    def checked(loop: trainer.Loop) -> None:
+        assert sum(isinstance(module, FSDPModule) for module in loop.model.modules()) == 2 + 1
+        run(loop)
+
+    trainer.Loop.run = checked  # type: ignore[method-assign]
+    tiny.train_in_child(options)
 
 
-def test_two_processes_compute_what_one_does(inputs: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_processes_compute_what_one_does(inputs: dict[str, str], tmp_path: Path, sharded: bool) -> None:
     """Steps of 4 pairs, 2 + 2 in two processes; the last of 9 pairs leaves the second process none."""
     options = {"objective": "wpo", "ref_model": inputs["other"], "num_train_epochs": 1.0} | LINEAR_ADAM
     options |= {"model": inputs["model"], "dataset": inputs["dataset"], "save_steps": 1, "save_total_limit": 1}
     options |= {"gradient_accumulation_steps": 2, "test_split_size": 0.1, "max_length": 12}
     shared = options | {"output_dir": str(tmp_path / "two"), "per_device_train_batch_size": 1}
-    in_two_processes(tiny.train_in_child, shared)
+    target = train_layer_by_layer if sharded else tiny.train_in_child
+    assert tiny.in_two_processes(target, shared, sharded=sharded) == [0, 0]
     run(inputs, tmp_path / "one", **options | {"per_device_train_batch_size": 2})
     assert_same_run(tmp_path / "one", tmp_path / "two", Path(inputs["model"]))
-    assert len(list((tmp_path / "two" / "checkpoint-2").glob("process-*.pt"))) == 2
+    saved = tmp_path / "two" / "checkpoint-2"
+    assert len(list(saved.glob("process-*.pt"))) == 2
+    assert (saved / trainer.OPTIMIZER).is_dir() == sharded
 
 
-def train_until_one_is_interrupted(options: dict[str, Any], _: None, environment: dict[str, str]) -> None:
+def test_a_killed_sharded_run_goes_on_to_the_same_bits(inputs: dict[str, str], tmp_path: Path) -> None:
+    """In mixed precision, where at first a policy is its own reference to the last bit."""
+    options = {"model": inputs["model"], "dataset": inputs["dataset"], "objective": "wpo", "max_steps": 4, "bf16": True}
+    options |= {"save_steps": 1, "per_device_train_batch_size": 1, "learning_rate": 1e-2, "grad_tolerance": 0.1}
+    whole, killed = (options | {"output_dir": str(tmp_path / name)} for name in ("whole", "killed"))
+    assert tiny.in_two_processes(tiny.train_in_child, whole, sharded=True) == [0, 0]
+    assert -signal.SIGKILL in tiny.in_two_processes(tiny.train_in_child, killed, ("step", 3), sharded=True)
+    assert checkpoint.latest_checkpoint(tmp_path / "killed") == tmp_path / "killed" / "checkpoint-2"
+    with pytest.raises(ValueError, match="sharded: True there, False now"):
+        train(TrainConfig(**killed | {"bf16": False}))
+    assert tiny.in_two_processes(tiny.train_in_child, killed, sharded=True) == [0, 0]
+    lines = tiny.read_metrics(tmp_path / "killed")
+    assert lines == tiny.read_metrics(tmp_path / "whole")
+    assert lines[0]["rewards/chosen"] == 0 != lines[3]["rewards/chosen"]
+    weights = [tiny.read_weights(tmp_path / name) for name in ("killed", "whole")]
+    assert weights[0].keys() == tiny.read_weights(inputs["model"]).keys()  # tied weights once
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+@pytest.mark.parametrize(
+    ("kind", "fsdp2", "options", "message"),
+    [
+        (DistributedType.FSDP, False, {}, "FSDP of version 2 .*found FSDP"),
+        (DistributedType.DEEPSPEED, False, {}, "found DEEPSPEED"),
+        (DistributedType.FSDP, True, {"dtype": "bfloat16"}, "dtype must be float32 with FSDP's .*found bfloat16"),
+    ],
+)
+def test_launches_that_are_refused(
+    kind: DistributedType, fsdp2: bool, options: dict, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plugin = types.SimpleNamespace(mixed_precision_policy=None)
+    state = {"distributed_type": kind, "is_fsdp2": fsdp2, "num_processes": 1, "mixed_precision": "bf16"}
+    launched = types.SimpleNamespace(**state, state=types.SimpleNamespace(fsdp_plugin=plugin))
+    monkeypatch.setattr(trainer, "Accelerator", lambda **_: launched)
+    with pytest.raises(ValueError, match=message):
+        train(TrainConfig(model="m", dataset="d", output_dir="o", objective="dpo", **options))
+
+
+def test_sharded_adapters(inputs: dict[str, str], tmp_path: Path) -> None:
+    """Saved without their base, and merged, as by processes that are not sharded."""
+    options = {"model": inputs["model"], "dataset": inputs["dataset"], "objective": "dpo", "max_steps": 2}
+    options |= {"use_peft": True, "merge_adapter": True, "learning_rate": 1e-2, "per_device_train_batch_size": 1}
+    for name in ("sharded", "whole"):
+        run_options = options | {"output_dir": str(tmp_path / name)}
+        assert tiny.in_two_processes(tiny.train_in_child, run_options, sharded=name == "sharded") == [0, 0]
+    for file in ("adapter_model.safetensors", f"{trainer.MERGED}/model.safetensors"):
+        found, expected = (tiny.read_weights(tmp_path / name, file) for name in ("sharded", "whole"))
+        assert found.keys() == expected.keys()
+        for name, value in found.items():
+            torch.testing.assert_close(value, expected[name])
+
+
+def train_until_one_is_interrupted(options: dict[str, Any]) -> None:
     """In a process of its own, of which that of rank 1 gets a signal in the second step, and both have to stop."""
     step = trainer.Loop._train_step
 
     def interrupted(loop: trainer.Loop, batch: list[int]) -> Tensor:
-        if loop.step == 1 and environment["RANK"] == "1":
+        if loop.step == 1 and os.environ["RANK"] == "1":
             for _ in range(2):  # as the terminal's and the launcher's
                 os.kill(os.getpid(), signal.SIGINT)
         return step(loop, batch)
 
     trainer.Loop._train_step = interrupted  # type: ignore[method-assign]
     with pytest.raises(trainer.Interrupted, match="stopped after step 2 of 4"):
-        tiny.train_in_child(options, None, environment)
+        tiny.train_in_child(options)
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(inputs: dict[str, str], tmp_path: Path) -> None:
     options = {"model": inputs["model"], "dataset": inputs["dataset"], "objective": "dpo", "max_steps": 4}
-    in_two_processes(train_until_one_is_interrupted, options | {"save_steps": 0, "output_dir": str(tmp_path / "out")})
+    options |= {"save_steps": 0, "output_dir": str(tmp_path / "out")}
+    assert tiny.in_two_processes(train_until_one_is_interrupted, options) == [0, 0]
     saved = tmp_path / "out" / "checkpoint-2"
     assert {path.name for path in saved.glob("process-*.pt")} == {"process-0.pt", "process-1.pt"}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import runpy
 import sys
 from collections.abc import Callable
@@ -21,7 +22,7 @@ import prefopt_fast as pf
 pytest.importorskip("trl")
 
 import trl
-from datasets import Dataset
+from datasets import Dataset, load_dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, DogeConfig, DogeForCausalLM, MixtralConfig, MixtralForCausalLM
 from trl.kernels.chunked_logprob import OPTIONAL_OUTPUTS, ChunkedLogProbFunction
@@ -405,6 +406,37 @@ def test_wpo_compiled(inputs: dict[str, Any], tmp_path: Path) -> None:
     assert found["loss"] == pytest.approx(expected["loss"], rel=ROUNDING)
 
 
+def train_in_child(algorithm: str, bf16: bool, inputs: dict[str, Any], output: Path) -> None:
+    os.environ["FSDP_AUTO_WRAP_POLICY"] = "TRANSFORMER_BASED_WRAP"
+    more = {"bf16": bf16, "per_device_train_batch_size": 2, "output_dir": str(output)}
+    shared: dict[str, Any] = {"train_dataset": load_dataset("json", data_files=inputs["file"], split="train")}
+    if algorithm == "WPO":
+        trainer: Any = WPOTrainer(inputs["model"], args=WPOConfig(**options(output, **more)), **shared)
+    else:
+        args = WSPOConfig(**options(output, **more))
+        trainer = WSPOTrainer(inputs["model"], args=args, **shared, **weak_models(inputs))
+    trainer.train()
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        (output / "log.json").write_text(json.dumps(trainer.state.log_history[0]))
+
+
+@pytest.mark.parametrize("algorithm", ["WPO", "WSPO"])
+def test_two_sharded_processes(algorithm: str, inputs: dict[str, Any], tmp_path: Path) -> None:
+    """They compute what two with whole weights do; in mixed precision too, a policy is its own reference."""
+    found = {}
+    for name, sharded, bf16 in (("whole", False, False), ("sharded", True, False), ("mixed", True, True)):
+        shared = (algorithm, bf16, {k: v for k, v in inputs.items() if k != "rows"}, tmp_path / name)
+        assert tiny.in_two_processes(train_in_child, *shared, sharded=sharded) == [0, 0]
+        before, after = tiny.read_weights(inputs["model"]), tiny.read_weights(tmp_path / name)
+        metrics = json.loads((tmp_path / name / "log.json").read_text())
+        metrics = {key: value for key, value in metrics.items() if not key.endswith(("_time", "per_second"))}
+        found[name] = metrics, torch.cat([(after[key] - value).flatten() for key, value in before.items()])
+    assert_same(found["sharded"], found["whole"])
+    mixed, moved = found["mixed"]
+    assert abs(mixed["wspo/log_ratio" if algorithm == "WSPO" else "rewards/chosen"]) < 1e-6 and moved.norm() > 0
+
+
 def test_a_reference_that_fsdp_shards(inputs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of it nothing but the whole forward runs: packing is known from the policy, which is of its kind."""
 
@@ -457,10 +489,10 @@ def test_contradictory_options(config: Any, more: dict[str, Any], message: str, 
 
 
 def test_hyperparameters_go_to_the_members_that_take_them(tmp_path: Path) -> None:
-    options_of_loss = WPOConfig(
+    config = WPOConfig(
         **options(tmp_path, loss_type=["hinge", "discopop", "robust"], discopop_tau=0.2, label_smoothing=0.1)
-    ).loss_options
-    assert (options_of_loss["tau"], options_of_loss["label_smoothing"]) == (0.2, 0.1)
+    )
+    assert config.objective().function.keywords["hyperparameters"] == {"tau": 0.2, "label_smoothing": 0.1}
 
 
 @pytest.mark.parametrize(("trainer", "config"), [(WPOTrainer, WPOConfig), (WSPOTrainer, WSPOConfig)])

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import multiprocessing
 import os
 import random
 import signal
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import DistributedType
+from accelerate.state import AcceleratorState, PartialState
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -73,9 +78,59 @@ def read_weights(output_dir: Path | str, name: str = "model.safetensors") -> dic
     return load_file(Path(output_dir) / name)
 
 
-def train_in_child(options: dict[str, Any], kill_at: tuple[str, int] | None = None, environment: Any = None) -> None:
+@functools.cache
+def children() -> multiprocessing.context.ForkServerContext:
+    """Processes forked from one that has done the imports: a start costs milliseconds, a kill is a kill."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tiny", "prefopt_fast.trainer", "peft", "matplotlib.pyplot"])
+    return context
+
+
+def in_two_processes(target: Callable[..., None], *arguments: Any, sharded: bool = False) -> list[int | None]:
+    """Exit codes of ``target(*arguments)`` in each of two, as a launcher would start it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    if sharded:  # as accelerate launch --use_fsdp --fsdp_version 2 says it
+        environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+        environment["FSDP_STATE_DICT_TYPE"] = "FULL_STATE_DICT"  # of trainers that ask
+    processes = [
+        children().Process(target=_launched, args=(environment | {"RANK": r, "LOCAL_RANK": r}, target, arguments))
+        for r in ("0", "1")
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    return [process.exitcode for process in processes]
+
+
+def _launched(environment: dict[str, str], target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    if "ACCELERATE_USE_FSDP" in environment:
+        _shard_on_cpus()
+    target(*arguments)
+
+
+def _shard_on_cpus() -> None:
+    """Accelerate takes FSDP for accelerators alone; what it then calls of torch runs on CPUs too."""
+    make_state = AcceleratorState.__init__
+
+    def sharding(state: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        make_state(state, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            if state.mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(state.mixed_precision)
+            state.fsdp_plugin = fsdp_plugin
+            state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = sharding  # type: ignore[method-assign]
+
+
+def train_in_child(options: dict[str, Any], kill_at: tuple[str, int] | None = None) -> None:
     """In a process of its own: ``prefopt_fast.trainer.train``, ended by SIGKILL at the n-th visit of a place."""
-    os.environ.update(environment or {})
     torch.set_num_threads(1)
     from prefopt_fast import checkpoint, metrics, scoring, trainer
     from prefopt_fast.config import TrainConfig

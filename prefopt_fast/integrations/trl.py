@@ -356,6 +356,13 @@ class _Trainer(DPOTrainer):
             packs = packs if _kind(ref) == _kind(self.model) else verify_packing(ref)
             _add_fast_head(ref, (), self.args, sides, packs)
 
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        plugin = self.accelerator.state.fsdp_plugin if self.accelerator.is_fsdp2 else None
+        if plugin is not None and plugin.mixed_precision_policy is not None:
+            # Accelerate's has a model's outputs in 16 bits: of log-probs that would be three digits.
+            plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
+
     @classmethod
     def _resolve_args(cls, model: Any, args: Any) -> Any:
         if args is None:
