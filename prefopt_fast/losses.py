@@ -132,15 +132,22 @@ def sft(w: LogRatio, l: LogRatio, beta: float) -> Tensor:  # noqa: E741
 
 class PairwiseLoss(NamedTuple):
     function: Callable[..., Tensor]
-    reference_free: bool = False
+    reference_free: bool
+    hyperparameters: tuple[str, ...]  # beside β
+
+    @classmethod
+    def of(cls, function: Callable[..., Tensor], reference_free: bool = False) -> PairwiseLoss:
+        # Looked up here, once: torch.compile(dynamic=True) does not trace a look at a function's signature.
+        names = [name for name in inspect.signature(function).parameters if name not in ("w", "l", "beta")]
+        return cls(function, reference_free, tuple(names))
 
 
 PAIRWISE_LOSSES = {
     loss.function.__name__: loss
     for loss in (
-        *map(PairwiseLoss, (sigmoid, hinge, ipo, robust, exo_pair, nca_pair, bco_pair, sppo_hard, apo_zero, apo_down)),
-        *map(PairwiseLoss, (discopop, sigmoid_norm)),
-        *(PairwiseLoss(function, reference_free=True) for function in (simpo, orpo, cpo, sft)),
+        *map(PairwiseLoss.of, (sigmoid, hinge, ipo, robust, exo_pair, nca_pair, bco_pair, sppo_hard)),
+        *map(PairwiseLoss.of, (apo_zero, apo_down, discopop, sigmoid_norm)),
+        *(PairwiseLoss.of(function, reference_free=True) for function in (simpo, orpo, cpo, sft)),
     )
 }
 
@@ -188,7 +195,7 @@ def preference_loss(
     terms = []
     for member, weight in mixture.items():
         loss = PAIRWISE_LOSSES[member]
-        own = {name: value for name, value in hyperparameters.items() if name in hyperparameter_names([member])}
+        own = {name: value for name, value in hyperparameters.items() if name in loss.hyperparameters}
         term = loss.function(*(policy if loss.reference_free else ratio), beta, **own)
         terms.append(term if weight == 1 else weight * term)
     return sum(terms[1:], terms[0])
@@ -329,8 +336,7 @@ def reference_free(mixture: Iterable[str]) -> bool:
 
 def hyperparameter_names(mixture: Iterable[str]) -> list[str]:
     """What these losses take beside β."""
-    names = [name for member in mixture for name in inspect.signature(PAIRWISE_LOSSES[member].function).parameters]
-    return [name for name in dict.fromkeys(names) if name not in ("w", "l", "beta")]
+    return list(dict.fromkeys(name for member in mixture for name in PAIRWISE_LOSSES[member].hyperparameters))
 
 
 def log_odds_ratio(chosen: Tensor, rejected: Tensor) -> Tensor:

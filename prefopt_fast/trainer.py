@@ -344,8 +344,9 @@ class Loop:
             # Another one in each process, so that the errors of what is sampled average out over them.
             forward_passes = self.step * self.config.gradient_accumulation_steps + i
             self.response_model.seed = forward_passes * accelerator.num_processes + accelerator.process_index
-            sync = contextlib.nullcontext() if i == len(micro_batches) - 1 else accelerator.no_sync(self.model)
-            with sync:
+            # Sharded gradients that wait for an average are whole meanwhile, in every process.
+            averages = self.sharded or i == len(micro_batches) - 1
+            with contextlib.nullcontext() if averages else accelerator.no_sync(self.model):
                 loss, metrics, stats = self._forward(self.model, self.training, positions)
                 # Gradients are averaged over processes, so this is the mean over the step's pairs.
                 accelerator.backward(loss.sum() * (accelerator.num_processes / len(batch) if counts else 0.0))

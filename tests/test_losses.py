@@ -156,6 +156,19 @@ def test_against_trl():
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0, msg=loss_type)
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiled(dynamic):
+    policy, ref = three_pairs()
+
+    def losses(beta):
+        refs = {loss_type: references(loss_type, *ref) for loss_type in pf.PAIRWISE_LOSSES}
+        return torch.stack([pf.preference_loss(*policy, *refs[name], loss_type=name, beta=beta) for name in refs])
+
+    compiled = torch.compile(losses, fullgraph=True, dynamic=dynamic, backend="eager")
+    for beta in (0.1, 0.3, 0.5):
+        torch.testing.assert_close(compiled(beta), losses(beta))
+
+
 MPO = {"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0}
 
 
