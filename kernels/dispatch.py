@@ -24,15 +24,31 @@ class Options(NamedTuple):
     seed: int = 0
 
 
-# columns_kept, max_dropped_mass, estimated_error, dense_chunks, chunks: prefopt_fast.token_stats.GradReport
-ReportValues = tuple[float, float | None, float, int, int]
+@dataclass(frozen=True)
+class GradReport:
+    """What a gradient with ``grad_tolerance > 0`` did (Python numbers, over one call's scored tokens).
+
+    columns_kept: share of the vocabulary's columns whose gradient was computed, mean over chunks (1 for a dense one);
+        a chunk is a group of tokens that share columns.
+    max_dropped_mass: largest probability mass that one token has on columns that are sampled rather than always kept;
+        None from the Triton kernels, which do not form it.
+    estimated_error: relative error (Frobenius) that the samples themselves let expect, of dhidden or of dweight,
+        whichever is larger; from the Triton kernels, what was expected of them before they were drawn.
+    dense_chunks, chunks: chunks that were computed exactly because sampling would not have paid, and all chunks.
+    """
+
+    columns_kept: float
+    max_dropped_mass: float | None
+    estimated_error: float
+    dense_chunks: int
+    chunks: int
 
 
 @dataclass
 class Report:
     """What an inexact gradient has to say; nothing before the backward where that chooses the columns."""
 
-    values: ReportValues | None = None
+    values: GradReport | None = None
 
 
 def linear_logprob(

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .dispatch import STATS, Options, Report
+from .dispatch import STATS, GradReport, Options, Report
 from .sampled_grad import BLOCKS_PER_CHUNK, Operands, draw_slots, frequent_columns, sampled_gradients
 from .tiles import (
     LN2,
@@ -755,7 +755,7 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     *gradients, report = _backward_op(grad.contiguous(), *ctx.saved_tensors, *steering, needed)
     if ctx.report is not None and type(report) is Tensor:  # what traces a backward has no values yet
         columns_kept, estimated_error, dense_chunks, chunks = report.tolist()
-        ctx.report.values = (columns_kept, None, estimated_error, int(dense_chunks), int(chunks))
+        ctx.report.values = GradReport(columns_kept, None, estimated_error, int(dense_chunks), int(chunks))
     return (*(g if need else None for g, need in zip(gradients, needed, strict=True)), *[None] * 7)
 
 

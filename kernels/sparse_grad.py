@@ -24,6 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .dispatch import GradReport
+
 # ε for a group of C tokens starts at LEVEL · τ^POWER · √C, as the tails of a small chat model's softmax want it from
 # τ = 2⁻⁴ to 2⁻¹⁰; a chunk can choose HEADROOM of what is expected, at least.
 LEVEL, POWER, HEADROOM = 0.12, 1.2, 0.5
@@ -320,11 +322,10 @@ class Steering:
         self.patience = 0
         self.recent.clear()
 
-    def report(self) -> tuple[float, float, float, int, int]:
-        """columns_kept, max_dropped_mass, estimated_error, dense_chunks, chunks: see GradReport."""
+    def report(self) -> GradReport:
         kept = (self.kept + self.dense_chunks) / max(self.chunks, 1)
         error = max(error / max(size, TINY) for error, size in zip(self.error, self.size, strict=True)) ** 0.5
-        return kept, self.largest_mass, error, self.dense_chunks, self.chunks
+        return GradReport(kept, self.largest_mass, error, self.dense_chunks, self.chunks)
 
 
 def failing_tokens(

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from . import cpu_passes
 from .autograd import once_differentiable
-from .dispatch import Options, Report, ReportValues
+from .dispatch import GradReport, Options, Report
 from .sparse_grad import (
     COHERENT_LIMIT,
     SKETCH,
@@ -399,7 +399,7 @@ class _Forward:
         size = (hidden.shape[1], SKETCH)
         self.sketch = torch.randn(size, generator=self.generator, device=hidden.device, dtype=head.dtype) / SKETCH**0.5
 
-    def run(self, rows: Tensor) -> ReportValues | None:
+    def run(self, rows: Tensor) -> GradReport | None:
         if self.tolerance == 0:
             self.exact_chunks(rows)
             return None

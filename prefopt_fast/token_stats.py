@@ -14,30 +14,11 @@ from torch import Tensor
 from . import parallel
 from .head import LMHead
 from .kernels import dispatch
+from .kernels.dispatch import GradReport
 
 STATS = dispatch.STATS
 
 _check_inputs: ContextVar[bool] = ContextVar("prefopt_fast_check_inputs", default=False)
-
-
-@dataclass(frozen=True)
-class GradReport:
-    """What a gradient with ``grad_tolerance > 0`` did (Python numbers, over one call's scored tokens).
-
-    columns_kept: share of the vocabulary's columns whose gradient was computed, mean over chunks (1 for a dense one);
-        a chunk is a group of tokens that share columns.
-    max_dropped_mass: largest probability mass that one token has on columns that are sampled rather than always kept;
-        None from the Triton kernels, which do not form it.
-    estimated_error: relative error (Frobenius) that the samples themselves let expect, of dhidden or of dweight,
-        whichever is larger; from the Triton kernels, what was expected of them before they were drawn.
-    dense_chunks, chunks: chunks that were computed exactly because sampling would not have paid, and all chunks.
-    """
-
-    columns_kept: float
-    max_dropped_mass: float | None
-    estimated_error: float
-    dense_chunks: int
-    chunks: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,8 +55,7 @@ class TokenStats:
 
         The Triton kernels choose their columns in the backward: there it is None before.
         """
-        values = None if self.report is None else self.report.values
-        return None if values is None else GradReport(*values)
+        return None if self.report is None else self.report.values
 
 
 @contextlib.contextmanager

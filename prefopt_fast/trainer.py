@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, SchedulerType, get_scheduler
 
@@ -577,16 +577,12 @@ def _accelerator(config: TrainConfig) -> Accelerator:
             f"--use_fsdp --fsdp_version 2), found {kind.value}"
         )
     if accelerator.is_fsdp2:
-        plugin = accelerator.state.fsdp_plugin
+        plugin, gathered = accelerator.state.fsdp_plugin, AUTOCAST_DTYPES.get(accelerator.mixed_precision)
         plugin.cpu_ram_efficient_loading = False  # as load_model has it
-        if plugin.mixed_precision_policy is not None:  # by which log-probs and sums of gradients would have 16 bits
-            plugin.mixed_precision_policy = dataclasses.replace(
-                plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
-            )
-        if accelerator.mixed_precision != "no" and config.dtype != "float32" and not config.use_peft:
-            raise ValueError(
-                f"dtype must be float32 with FSDP's mixed precision, which trains such weights; found {config.dtype}"
-            )
+        if gathered is not None:  # Accelerate's own would have log-probs and sums of gradients in 16 bits
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(getattr(torch, gathered), reduce_dtype=torch.float32)
+            if config.dtype != "float32" and not config.use_peft:
+                raise ValueError(f"dtype must be float32, which FSDP trains in mixed precision; found {config.dtype}")
     return accelerator
 
 
