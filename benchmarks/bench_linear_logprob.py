@@ -169,6 +169,7 @@ def peak_memories(names: list[str], problem: Problem, train_head: bool = True) -
 
 def _peaks_of_file(names: list[str], file: Path, train_head: bool, threads: int) -> dict[str, int | None]:
     return_freed_memory()
+    torch.set_flush_denormal(True)  # as in report.py
     torch.set_num_threads(threads)
     return _measure_peaks(names, torch.load(file, weights_only=False).leaves(train_head))
 

@@ -104,7 +104,10 @@ def test_format_tolerance() -> None:
 
 def test_short_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(sys, "argv", ["report.py", "--short", "--output", str(tmp_path)])
-    report.main()
+    try:
+        report.main()
+    finally:
+        torch.set_flush_denormal(False)  # in this process other tests go on
     printed = capsys.readouterr().out
     assert "## Figures to reach" in printed
     results = json.loads((tmp_path / "linear_logprob.json").read_text())

@@ -387,8 +387,8 @@ def test_the_worst_tokens_make_room():
     estimate = sparse_grad.Estimate([sparse_grad.Errors(tolerance, size, error)], 4, 0.1, 0.1, 1.0, 1.0)
     steering = sparse_grad.Steering(tolerance, groups=1)
     assert steering.record(estimate).tolist() == [False, True, False, True]
-    assert steering.report()[0] == pytest.approx(0.5 + 0.5 * 0.1)  # columns: all for half of the tokens
-    assert steering.report()[2] <= sparse_grad.CEILING * tolerance
+    assert steering.report().columns_kept == pytest.approx(0.5 + 0.5 * 0.1)  # columns: all for half of the tokens
+    assert steering.report().estimated_error <= sparse_grad.CEILING * tolerance
     assert not sparse_grad.Steering(tolerance, groups=100).record(estimate).any()
 
 
