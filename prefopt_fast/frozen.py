@@ -112,7 +112,7 @@ def scored(
     The model is freed before this returns. Of ``key``, that of all rows, each share has its own data.
     """
     directory = Path(config.logprobs_dir or Path(config.output_dir) / LOGPROBS)
-    dtype = config.dtype
+    dtype: str = config.dtype
     if accelerator.is_fsdp2:  # whose mixed precision has the weights themselves in 16 bits: frozen ones round alike
         dtype = AUTOCAST_DTYPES.get(accelerator.mixed_precision, dtype)
     shares, world = [], accelerator.num_processes

@@ -516,7 +516,7 @@ class Loop:
         if not self.sharded:
             return None
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=self.config.use_peft)
-        weights = get_model_state_dict(self.model, options=options)
+        weights: dict[str, Any] = get_model_state_dict(self.model, options=options)
         names: dict[nn.Parameter, str] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             if name in weights:  # tied ones, which were gathered apart, as one again: transformers saves that once

@@ -208,6 +208,9 @@ class _Config(DPOConfig):
             if (found := getattr(self, name)) != value:
                 raise ValueError(f"{type(self).__name__} cannot honour {name}={found!r}: leave it at {value!r}")
 
+    def objective(self) -> Objective:
+        raise NotImplementedError
+
 
 @dataclass
 class WPOConfig(_Config):
