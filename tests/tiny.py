@@ -87,7 +87,7 @@ def children() -> multiprocessing.context.ForkServerContext:
 
 
 def in_two_processes(target: Callable[..., None], *arguments: Any, sharded: bool = False) -> list[int | None]:
-    """Exit codes of ``target(*arguments)`` in each of two, as a launcher would start it."""
+    """Exit codes of ``target(*arguments)`` in each of two, as a launcher would start it; None for one that hangs."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -103,7 +103,10 @@ def in_two_processes(target: Callable[..., None], *arguments: Any, sharded: bool
         process.start()
     for process in processes:
         process.join(120)
-    return [process.exitcode for process in processes]
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return codes
 
 
 def _launched(environment: dict[str, str], target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
