@@ -354,6 +354,7 @@ def load_model(
         FileNotFoundError: a local path that does not exist, or a hub id that cannot be reached.
         ValueError: a folder without safetensors weights, or that transformers cannot load.
     """
+    from accelerate.utils import patch_environment
     from transformers import AutoModelForCausalLM
 
     if is_adapter(source):
@@ -362,7 +363,9 @@ def load_model(
         base = load_model(adapter_base(source), dtype, trust_remote_code, attn_implementation)
         with _explained(source):
             return PeftModel.from_pretrained(base, source)
-    with _explained(source), _whole_in_every_process():
+    # Under Accelerate's FSDP, transformers gives weights to one process and expects that they are broadcast: frozen
+    # models, which nothing shards, would be left without any.
+    with _explained(source), patch_environment(fsdp_cpu_ram_efficient_loading="false"):
         return AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
@@ -370,16 +373,6 @@ def load_model(
             trust_remote_code=trust_remote_code,
             attn_implementation=attn_implementation,
         )
-
-
-@contextlib.contextmanager
-def _whole_in_every_process() -> Iterator[None]:
-    """Under Accelerate's FSDP, transformers gives weights to one process and expects that they are broadcast: frozen
-    models, which nothing shards, would be left without any."""
-    from accelerate.utils import patch_environment
-
-    with patch_environment(fsdp_cpu_ram_efficient_loading="false"):
-        yield
 
 
 def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:

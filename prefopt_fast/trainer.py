@@ -214,7 +214,7 @@ def train(config: TrainConfig) -> Path:
             if config.merge_adapter and not (output_dir / MERGED).exists():
                 done = f"merged into {output_dir / MERGED}"
                 if accelerator.is_main_process:
-                    _save_merged(config, tokenizer)
+                    _save_merged(_finished_adapter(config), tokenizer, output_dir)
             accelerator.print(f"{output_dir} holds this run, finished after {plan.steps} steps: {done}")
             return output_dir
 
@@ -541,12 +541,11 @@ class Loop:
             checkpoint.publish(path, final)
         partial.rmdir()
         if self.config.merge_adapter and not (self.output_dir / MERGED).exists():
-            _save_merged(self.config, self.tokenizer)
+            policy = _finished_adapter(self.config) if self.sharded else self.policy
+            _save_merged(policy, self.tokenizer, self.output_dir)
 
 
-def _save_merged(config: TrainConfig, tokenizer: Any) -> None:
-    output_dir = Path(config.output_dir)
-    policy = _load_adapter(_load_policy(config, _base(config)), output_dir)
+def _save_merged(policy: Any, tokenizer: Any, output_dir: Path) -> None:
     partial = output_dir / f"{MERGED}{TEMPORARY}"
     policy.merge_and_unload().save_pretrained(partial)
     tokenizer.save_pretrained(partial)
@@ -767,6 +766,11 @@ def _base(config: TrainConfig) -> str:
 
 def _load_policy(config: TrainConfig, source: str) -> Any:
     return load_model(source, config.dtype, config.trust_remote_code, config.attn_implementation)
+
+
+def _finished_adapter(config: TrainConfig) -> Any:
+    """What a finished run has saved, on its base."""
+    return _load_adapter(_load_policy(config, _base(config)), config.output_dir)
 
 
 def _load_adapter(model: nn.Module, folder: Path | str) -> Any:
