@@ -278,6 +278,19 @@ def verify_packing(model: nn.Module) -> bool:
     return bool(((packed - padded).norm(dim=-1) <= allowed).all())
 
 
+def require_whole_sequences(accelerator: Any) -> None:
+    """Raise ValueError where Accelerate shares each sequence's tokens out over processes.
+
+    A loss sums over whole sequences, and the masks that keep packed ones apart are dropped there.
+    """
+    parallelism = accelerator.parallelism_config
+    if parallelism is not None and parallelism.cp_size * getattr(parallelism, "sp_size", 1) > 1:
+        raise ValueError(
+            "each process needs whole sequences: context and sequence parallelism (cp_size and sp_size of Accelerate's "
+            "parallelism config) must be 1"
+        )
+
+
 def _epsilon(device: torch.device, *dtypes: torch.dtype) -> float:
     """Machine epsilon of the coarsest dtype a product may be computed in; float32 may be TF32."""
     if torch.is_autocast_enabled(device.type):

@@ -575,6 +575,12 @@ def _accelerator(config: TrainConfig) -> Accelerator:
             "training runs in one process, with DistributedDataParallel, or with FSDP of version 2 (accelerate launch "
             f"--use_fsdp --fsdp_version 2), found {kind.value}"
         )
+    parallelism = accelerator.parallelism_config
+    if parallelism is not None and parallelism.non_data_parallel_size > 1:
+        raise ValueError(
+            "processes share pairs out, not sequences or layers: cp_size, sp_size and tp_size of Accelerate's "
+            "parallelism config must be 1"
+        )
     if accelerator.is_fsdp2:
         plugin, gathered = accelerator.state.fsdp_plugin, AUTOCAST_DTYPES.get(accelerator.mixed_precision)
         plugin.cpu_ram_efficient_loading = False  # as load_model has it

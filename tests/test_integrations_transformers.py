@@ -162,6 +162,18 @@ def test_sft_under_autocast_runs_the_head_in_it(inputs: dict[str, str]) -> None:
     assert 1e-6 < abs(float(rounded - exact)) < 0.05
 
 
+def test_sft_on_labels_that_the_collator_has_shifted(inputs: dict[str, str]) -> None:
+    """As under context parallelism, where a process has no neighbour's label to shift."""
+    model = load_model(inputs["model"])
+    ids = torch.arange(12).view(2, 6)
+    shifted = ids.roll(2, 1)
+    with FusedCausalLMLoss(model) as loss_func:
+        found = loss_func(model(ids, shift_labels=shifted), ids, 7)
+        unshifted = loss_func(model(ids), ids, 7)
+    torch.testing.assert_close(found, model(ids, labels=ids, shift_labels=shifted, num_items_in_batch=7).loss)
+    torch.testing.assert_close(unshifted, model(ids, labels=ids, num_items_in_batch=7).loss)
+
+
 def pair_truth(pairs: datasets.Dataset, model: torch.nn.Module, weights: list[float], wpo: bool) -> Tensor:
     """Mean loss from full logits, of one unpadded sequence at a time, at the model's dtype."""
     total = torch.zeros((), dtype=torch.float64)
@@ -438,7 +450,9 @@ def test_streams_do_not_know_their_columns(inputs: dict[str, str], pairs: datase
     assert len(losses(trainer)) == 1
 
 
-def test_bad_options_are_named(inputs: dict[str, str], pairs: datasets.Dataset, tmp_path: Path) -> None:
+def test_bad_options_are_named(
+    inputs: dict[str, str], pairs: datasets.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = load_model(inputs["model"])
 
     def build(loss: Any, rows: datasets.Dataset = pairs, data_collator: Any = None, **options: Any) -> None:
@@ -476,6 +490,10 @@ def test_bad_options_are_named(inputs: dict[str, str], pairs: datasets.Dataset, 
         trainer.predict(bare)
     with pytest.raises(ValueError, match="train_dataset lacks chosen_ids"):
         build(pf.PreferenceLoss("simpo"), pairs.remove_columns("chosen_ids"))
+    with monkeypatch.context() as patch:
+        tiny.share_sequences_out(patch)
+        with pytest.raises(ValueError, match="each process needs whole sequences: context"):
+            build(pf.WPOLoss())
     config = transformers.GPT2Config(vocab_size=40, n_embd=8, n_layer=1, n_head=1)
     with pytest.raises(ValueError, match=r"GPT2Model.forward has no logits_to_keep"):
         FusedCausalLMLoss(transformers.GPT2Model(config))

@@ -22,7 +22,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 import transformers
-from accelerate import DistributedType
+from accelerate import DistributedType, ParallelismConfig
 from conftest import relative_error
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
@@ -357,18 +357,21 @@ def test_a_killed_sharded_run_goes_on_to_the_same_bits(inputs: dict[str, str], t
 
 
 @pytest.mark.parametrize(
-    ("kind", "fsdp2", "options", "message"),
+    ("launch", "options", "message"),
     [
-        (DistributedType.FSDP, False, {}, "FSDP of version 2 .*found FSDP"),
-        (DistributedType.DEEPSPEED, False, {}, "found DEEPSPEED"),
-        (DistributedType.FSDP, True, {"dtype": "bfloat16"}, "dtype must be float32, .*found bfloat16"),
+        ({"distributed_type": DistributedType.FSDP}, {}, "FSDP of version 2 .*found FSDP"),
+        ({"distributed_type": DistributedType.DEEPSPEED}, {}, "found DEEPSPEED"),
+        ({"is_fsdp2": True}, {"dtype": "bfloat16"}, "dtype must be float32, .*found bfloat16"),
+        ({"parallelism_config": ParallelismConfig(cp_size=2)}, {}, "cp_size, sp_size and tp_size .*must be 1"),
+        ({"parallelism_config": ParallelismConfig(tp_size=2)}, {}, "cp_size, sp_size and tp_size .*must be 1"),
     ],
 )
 def test_launches_that_are_refused(
-    kind: DistributedType, fsdp2: bool, options: dict, message: str, monkeypatch: pytest.MonkeyPatch
+    launch: dict[str, Any], options: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    state = {"distributed_type": DistributedType.MULTI_GPU, "is_fsdp2": False, "parallelism_config": None}
+    state |= {"num_processes": 1, "mixed_precision": "bf16"} | launch
     plugin = types.SimpleNamespace(mixed_precision_policy=None)
-    state = {"distributed_type": kind, "is_fsdp2": fsdp2, "num_processes": 1, "mixed_precision": "bf16"}
     launched = types.SimpleNamespace(**state, state=types.SimpleNamespace(fsdp_plugin=plugin))
     monkeypatch.setattr(trainer, "Accelerator", lambda **_: launched)
     with pytest.raises(ValueError, match=message):

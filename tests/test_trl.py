@@ -517,7 +517,7 @@ def test_a_model_split_over_devices(
             trainer(inputs["model"], args=args, **given | {"weak_ref_model": split(inputs["weak"])})
 
 
-def test_bad_arguments(inputs: dict[str, Any], tmp_path: Path) -> None:
+def test_bad_arguments(inputs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = {"train_dataset": inputs["rows"]}
     args = WSPOConfig(**options(tmp_path))
     with pytest.raises(TypeError, match="args must be a WPOConfig, found DPOConfig"):
@@ -534,6 +534,9 @@ def test_bad_arguments(inputs: dict[str, Any], tmp_path: Path) -> None:
         WSPOTrainer(inputs["model"], args=both, **weak_models(inputs), **data)
     with pytest.raises(TypeError, match="data_collator must be a DataCollatorForWSPO"):
         WSPOTrainer(inputs["model"], args=args, **weak_models(inputs), data_collator=list, **data)
+    tiny.share_sequences_out(monkeypatch)
+    with pytest.raises(ValueError, match="each process needs whole sequences: context"):
+        WPOTrainer(inputs["model"], args=WPOConfig(**options(tmp_path)), **data)
 
 
 def test_a_store_of_other_data(inputs: dict[str, Any], tmp_path: Path) -> None:

@@ -13,8 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from accelerate import DistributedType
+import transformers
+from accelerate import Accelerator, DistributedType, ParallelismConfig
 from accelerate.state import AcceleratorState, PartialState
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -130,6 +132,17 @@ def _shard_on_cpus() -> None:
             state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     AcceleratorState.__init__ = sharding  # type: ignore[method-assign]
+
+
+def share_sequences_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainers' accelerators are as under context parallelism from here on, which only several GPUs can start."""
+    create = transformers.Trainer.create_accelerator_and_postprocess
+
+    def sharing(trainer: transformers.Trainer) -> None:
+        create(trainer)
+        monkeypatch.setattr(Accelerator, "parallelism_config", ParallelismConfig(cp_size=2))
+
+    monkeypatch.setattr(transformers.Trainer, "create_accelerator_and_postprocess", sharing)
 
 
 def train_in_child(options: dict[str, Any], kill_at: tuple[str, int] | None = None) -> None:

@@ -37,6 +37,7 @@ from ..policy import (
     evaluation,
     find_backbone,
     kept_hidden_states,
+    require_whole_sequences,
     verify_head,
     verify_packing,
 )
@@ -99,11 +100,13 @@ class FusedCausalLMLoss(contextlib.AbstractContextManager):
         self.grad_tolerance = grad_tolerance
         self.backend = backend
         self._hidden: Tensor | None = None
+        self._shift_labels: Tensor | None = None
         self._autocast: torch.dtype | None = None
         self._hooks: list[Any] = []
 
     def __enter__(self) -> FusedCausalLMLoss:
         def last_logits_alone(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+            self._shift_labels = kwargs.get("shift_labels")  # of sequences whose tokens processes share out
             return args, kwargs | {"logits_to_keep": 1}
 
         def keep(module: nn.Module, args: tuple, output: Any) -> None:
@@ -121,10 +124,11 @@ class FusedCausalLMLoss(contextlib.AbstractContextManager):
     def __exit__(self, *exception: object) -> None:
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._hidden = [], None
+        self._hooks, self._hidden, self._shift_labels = [], None, None
 
     def __call__(self, outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        hidden, self._hidden = self._hidden, None
+        hidden, shift_labels = self._hidden, self._shift_labels
+        self._hidden = self._shift_labels = None
         if hidden is None:
             raise RuntimeError(
                 "FusedCausalLMLoss has seen no forward pass of its model: train inside its with statement"
@@ -132,7 +136,11 @@ class FusedCausalLMLoss(contextlib.AbstractContextManager):
         if labels is None:
             raise ValueError("the batch has no labels: give the Trainer a data_collator that makes them")
         head = LMHead.from_model(self.model)
-        options: dict[str, Any] = {"grad_tolerance": self.grad_tolerance, "backend": self.backend}
+        options: dict[str, Any] = {
+            "shift_labels": shift_labels,
+            "grad_tolerance": self.grad_tolerance,
+            "backend": self.backend,
+        }
         with torch.autocast(hidden.device.type, self._autocast, enabled=self._autocast is not None):
             return fused_causal_lm_loss(hidden, labels, head, num_items_in_batch, **options)
 
@@ -278,6 +286,7 @@ class PreferenceTrainer(transformers.Trainer):
         super().__init__(*args, **kwargs)
         self.loss: Any = loss
         self._sums = {"train": Sums(), "eval": Sums()}
+        require_whole_sequences(self.accelerator)
         responses = self._check_options().responses
         policy: Any = self.model
         _require_separate_head(policy)

@@ -54,6 +54,7 @@ from ..policy import (
     kept_hidden_states,
     load_model,
     load_tokenizer,
+    require_whole_sequences,
     verify_head,
     verify_packing,
 )
@@ -361,6 +362,7 @@ class _Trainer(DPOTrainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
+        require_whole_sequences(self.accelerator)
         plugin = self.accelerator.state.fsdp_plugin if self.accelerator.is_fsdp2 else None
         if plugin is not None and plugin.mixed_precision_policy is not None:
             # Accelerate's has a model's outputs in 16 bits: of log-probs that would be three digits.
