@@ -1,11 +1,17 @@
-"""A training step of WPO in four loops: TRL as it is, TRL on our operator, our trainer in TRL, and our own loop.
+"""A training step of WPO and one of WSPO in several loops: TRL's, the papers' authors', TRL's on our operator, our
+trainers in TRL, and our own loop.
 
 All train the same pairs (one epoch of exactly those, whose tokens are the same whatever the order), with the same
 truncation, batch size, fp32 weights and arithmetic, pair weights that are not clamped, without gradient checkpointing,
 each in a process of its own, one after the other in every round. Seconds and memory are medians over the rounds,
 seconds step by step.
-TRL and our trainer in it keep the reference model in memory and run it every step; our loop runs it over all pairs
-first, as TRL does with "trl-precomputed". The time of the whole command, loading included, is what compares those.
+TRL, the authors and WPOTrainer keep the frozen models in memory and run them every step; our loop and WSPOTrainer run
+them over all pairs first, as TRL does with "trl-precomputed". The time of the whole command, loading included, is what
+compares those.
+
+The authors' scripts need versions of TRL that no current transformers runs under. What they compute in a step stands
+here anew, in transformers' Trainer: see AuthorsTrainer. WSPO's weak models are the policy's first quarter of layers,
+and those with noise, which is about as weak as theirs were (1.5B parameters for 7B).
 
 Memory is the process's peak less what it had before loading anything, and less the policy's weights and Adam's two
 moments, which no loop can do without.
@@ -38,17 +44,25 @@ TRAINERS = {
     "ours-in-trl": "WPOTrainer",
     "trl-fast": "TRL DPOTrainer, use_fast_logprobs",
     "trl": "TRL DPOTrainer",
+    "authors": "WPO's authors'",
+    "wspo-ours": "prefopt_fast train",
+    "wspo-ours-in-trl": "WSPOTrainer",
+    "wspo-authors-chosen": "WSPO's authors', without the rejected responses",
+    "wspo-authors": "WSPO's authors'",
     "trl-precomputed": "TRL DPOTrainer, precompute_ref_log_probs",
     "trl-defaults": "TRL DPOTrainer, its defaults (bf16, gradient checkpointing)",
 }
-
+ON_REQUEST = ("trl-precomputed", "trl-defaults")
+BASELINES = {"WPO": "trl", "WSPO": "wspo-authors"}  # what the others' tokens/s and memory are compared with
+WEAK = ("weak_aligned", "weak_ref")
 
 SHORT = {"rounds": 1, "steps": 1, "batch_size": 1, "max_length": 32}
 
 
 @dataclass
 class Result:
-    """step_seconds: of each step. wall_seconds: of the whole command. tokens: real ones of all steps, prompts included.
+    """name: one of TRAINERS. step_seconds: of each step. wall_seconds: of the whole command. tokens: real ones of all
+    steps, prompts included (of WSPO's those of the chosen responses' sequences, whatever else a loop computes).
     peak_rss, extra_memory: bytes, the latter above model and optimizer (0: not measured). absent: why there is no
     measurement."""
 
@@ -74,7 +88,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=2, help="pairs")
     parser.add_argument("--max-length", type=int, default=1024)
-    parser.add_argument("--trainers", nargs="+", choices=TRAINERS, default=list(TRAINERS)[:4])
+    parser.add_argument(
+        "--trainers", nargs="+", choices=TRAINERS, default=[name for name in TRAINERS if name not in ON_REQUEST]
+    )
     parser.add_argument("--short", action="store_true", help="one step of one short pair: to test the benchmark itself")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -96,6 +112,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         pairs = Path(scratch) / "pairs.jsonl"
         settings["tokens"] = write_pairs(options, pairs)
+        if any(name.startswith("wspo") for name in options.trainers):
+            make_weak_models(options.model, Path(scratch))
         for number in range(options.rounds):
             for name in options.trainers:
                 found = measure(name, options, pairs, Path(scratch) / f"{name}-{number}")
@@ -105,7 +123,7 @@ def main() -> None:
                 text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
                 (options.output / "train_step.json").write_text(text)
                 said = found.absent or f"{found.tokens_per_second:.0f} tokens/s in the steps"
-                print(f"round {number + 1}, {found.name}: {said}", flush=True)
+                print(f"round {number + 1}, {name}, {TRAINERS[name]}: {said}", flush=True)
     print(markdown(results))
 
 
@@ -152,6 +170,23 @@ def write_pairs(options: argparse.Namespace, path: Path) -> dict[str, int]:
     return tokens
 
 
+def make_weak_models(model: str, folder: Path) -> None:
+    """Write WSPO's weak models to ``folder``, under their names."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    for name in WEAK:
+        AutoTokenizer.from_pretrained(model).save_pretrained(folder / name)
+    layers = max(1, AutoConfig.from_pretrained(model).num_hidden_layers // 4)
+    weak = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, num_hidden_layers=layers)
+    weak.save_pretrained(folder / "weak_ref")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in weak.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(noise, alpha=0.01 * float(parameter.std(correction=0)))
+    weak.save_pretrained(folder / "weak_aligned")
+
+
 def measure(name: str, options: argparse.Namespace, pairs: Path, folder: Path) -> Result:
     """One run in a process of its own."""
     sizes = ("--steps", str(options.steps), "--batch-size", str(options.batch_size))
@@ -166,7 +201,7 @@ def measure(name: str, options: argparse.Namespace, pairs: Path, folder: Path) -
         process.returncode = os.waitstatus_to_exitcode(status)
         log.seek(0)
         lines = log.read().strip().splitlines()
-    result = Result(TRAINERS[name], [], time.perf_counter() - start, peak_rss=usage.ru_maxrss * 1024)
+    result = Result(name, [], time.perf_counter() - start, peak_rss=usage.ru_maxrss * 1024)
     if process.returncode:
         result.absent = f"exit status {process.returncode}: {lines[-1] if lines else ''}"
         return result
@@ -182,28 +217,37 @@ def work(options: argparse.Namespace) -> None:
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(options.model))
-    result = {"parameters": model.num_parameters(), **(run_ours if options.worker == "ours" else run_trl)(options)}
+    loop = options.worker.removeprefix("wspo-")
+    run = run_ours if loop == "ours" else run_authors if loop.startswith("authors") else run_trl
+    result = {"parameters": model.num_parameters(), **run(options)}
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "result.json").write_text(json.dumps(result))
+
+
+def weak_models(options: argparse.Namespace) -> dict[str, str]:
+    """Of a worker, beside its data; none for WPO."""
+    if not options.worker.startswith("wspo"):
+        return {}
+    return {f"{name}_model": str(Path(options.data).parent / name) for name in WEAK}
 
 
 def run_ours(options: argparse.Namespace) -> dict[str, Any]:
     from prefopt_fast.config import TrainConfig
     from prefopt_fast.trainer import train
 
-    before = peak_rss()
+    before, weak = peak_rss(), weak_models(options)
+    objective: dict[str, Any] = {"objective": "wspo", **weak} if weak else {"objective": "wpo", "clamp": False}
     train(
         TrainConfig(
             model=options.model,
             dataset=options.data,
             output_dir=str(options.output / "run"),
-            objective="wpo",
-            clamp=False,
             max_length=options.max_length,
             truncation_side="sequence_end",
             per_device_train_batch_size=options.batch_size,
             max_steps=options.steps,
             save_steps=0,
+            **objective,
         )
     )
     steps = [json.loads(line) for line in (options.output / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -217,48 +261,35 @@ def run_ours(options: argparse.Namespace) -> dict[str, Any]:
 
 def run_trl(options: argparse.Namespace) -> dict[str, Any]:
     import datasets
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
-    from prefopt_fast.integrations.trl import WPOConfig, WPOTrainer, use_fast_logprobs
-
-    class Clock(TrainerCallback):
-        def __init__(self) -> None:
-            self.seconds: list[float] = []
-
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.start = time.perf_counter()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.seconds.append(time.perf_counter() - self.start)
+    from prefopt_fast.integrations.trl import WPOConfig, WPOTrainer, WSPOConfig, WSPOTrainer, use_fast_logprobs
 
     before = peak_rss()
     name = options.worker
     trainer_class, config_class, own = DPOTrainer, DPOConfig, {"use_weighting": True}
     if name == "ours-in-trl":
         trainer_class, config_class, own = WPOTrainer, WPOConfig, {"clamp": False}
+    elif name == "wspo-ours-in-trl":
+        trainer_class, config_class, own = WSPOTrainer, WSPOConfig, {}
+    else:
+        own["precompute_ref_log_probs"] = name == "trl-precomputed"
     config = config_class(
-        output_dir=str(options.output / "run"),
+        **common_arguments(options),
         max_length=options.max_length,
-        per_device_train_batch_size=options.batch_size,
-        max_steps=options.steps,
-        learning_rate=1e-6,
-        use_cpu=True,
         bf16=name == "trl-defaults",
         gradient_checkpointing=name == "trl-defaults",
-        precompute_ref_log_probs=name == "trl-precomputed",
-        save_strategy="no",
-        report_to="none",
-        logging_steps=1,
         **own,
     )
-    clock = Clock()
+    clock = make_clock()
     trainer = trainer_class(
         model=AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32),
         args=config,
         train_dataset=datasets.load_dataset("json", data_files=options.data, split="train"),
         processing_class=AutoTokenizer.from_pretrained(options.model),
         callbacks=[clock],
+        **weak_models(options),
     )
     with use_fast_logprobs() if name == "trl-fast" else contextlib.nullcontext():
         trainer.train()
@@ -271,6 +302,103 @@ def run_trl(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def run_authors(options: argparse.Namespace) -> dict[str, Any]:
+    import transformers
+
+    from prefopt_fast.batch import IGNORE_INDEX, RESPONSES, collate, encode, load_preferences
+    from prefopt_fast.policy import load_tokenizer
+
+    before, weak = peak_rss(), weak_models(options)
+    responses = RESPONSES[:1] if options.worker.endswith("chosen") else RESPONSES
+
+    class AuthorsTrainer(transformers.Trainer):
+        """The arithmetic of scripts/run_wpo.py in github.com/wzhouad/WPO (a104458) and train/wspo/trainer.py in
+        github.com/zwhong714/weak-to-strong-preference-optimization (ef81694): padded pairs, fp32 logits of all
+        positions, their log-softmax, for WPO their softmax and its squares, every frozen model in every step, and for
+        WSPO rejected responses of which nothing but a metric is made. WPO's pair weight is not clamped here.
+        """
+
+        frozen: dict[str, Any]
+
+        def logps(self, model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+            outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+            logits, targets = outputs.logits.float(), inputs["targets"].clamp_min(0)
+            return logits, logits.log_softmax(-1).gather(2, targets[..., None])[..., 0]
+
+        def compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], *_: Any, **__: Any) -> torch.Tensor:
+            mask = inputs["targets"] != IGNORE_INDEX
+            lengths = mask.sum(1)
+            logits, policy = self.logps(model, inputs)
+            with torch.no_grad():
+                frozen = {name: self.logps(other, inputs)[1] for name, other in self.frozen.items()}
+            log_ratio = (policy - frozen["ref"]) * mask
+            if weak:
+                target = (frozen["weak_aligned_model"] - frozen["weak_ref_model"]) * mask
+                losses = (0.1 * log_ratio - target).square().sum(1) / lengths
+                return losses[: options.batch_size].mean()
+            alignment = (logits.softmax(-1) ** 2).sum(-1).log()
+            weights = (((policy - alignment) * mask).sum(1) / lengths).detach().exp()
+            chosen, rejected = log_ratio.sum(1).chunk(2)
+            losses = -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected))
+            return (losses * weights.view(2, -1).prod(0)).mean()
+
+    def tensors(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = collate(rows, responses)
+        return {name: getattr(batch, name) for name in ("input_ids", "attention_mask", "targets")}
+
+    def load(source: str) -> Any:
+        return transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+
+    rows, _ = encode(load_preferences(options.data), load_tokenizer(options.model), options.max_length, "sequence_end")
+    clock = make_clock()
+    trainer = AuthorsTrainer(
+        load(options.model),
+        transformers.TrainingArguments(**common_arguments(options), remove_unused_columns=False),
+        data_collator=tensors,
+        train_dataset=rows,
+        callbacks=[clock],
+    )
+    trainer.frozen = {name: load(source).eval() for name, source in {"ref": options.model, **weak}.items()}
+    trainer.train()
+    counted = RESPONSES[:1] if weak else RESPONSES
+    return {
+        "rss_before": before,
+        "step_seconds": clock.seconds,
+        "tokens": sum(len(row["prompt_ids"]) + len(row[f"{name}_ids"]) for row in rows for name in counted),
+        "loss": statistics.mean(line["loss"] for line in trainer.state.log_history if "loss" in line),
+    }
+
+
+def common_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """transformers' TrainingArguments that all Trainers here share."""
+    return {
+        "output_dir": str(options.output / "run"),
+        "per_device_train_batch_size": options.batch_size,
+        "max_steps": options.steps,
+        "learning_rate": 1e-6,
+        "use_cpu": True,
+        "save_strategy": "no",
+        "report_to": "none",
+        "logging_steps": 1,
+    }
+
+
+def make_clock() -> Any:
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        def __init__(self) -> None:
+            self.seconds: list[float] = []
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.start = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.seconds.append(time.perf_counter() - self.start)
+
+    return Clock()
+
+
 def peak_rss() -> int:
     """Bytes this process has had at most so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -279,36 +407,45 @@ def peak_rss() -> int:
 def markdown(results: Mapping[str, Any]) -> str:
     settings, env = results["settings"], results["environment"]
     lines = [
-        "## A training step of WPO",
+        "## A training step",
         "",
         f"{settings['model']} on {settings['data']}: {settings['steps']} steps of {settings['batch_size']} pairs, "
         f"max_length {settings['max_length']}, fp32, medians of {settings.get('rounds', 1)} rounds; {env['device']}, "
         f"{env['threads']} threads, {env['date']}.",
-        "",
-        "| | seconds per step | tokens/s in the steps | the whole command | tokens/s over it | peak RSS | mean loss | "
-        "times TRL's tokens/s | memory above model and optimizer | times TRL's |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     if tokens := settings.get("tokens"):
         lines[2] += (
-            f" Of {tokens['padded']:,} tokens with padding {tokens['real']:,} are real, and {tokens['packed']:,} are "
-            "computed where padding is left out and prompts are shared."
+            f" Of the pairs' {tokens['padded']:,} tokens with padding {tokens['real']:,} are real, and "
+            f"{tokens['packed']:,} are computed where padding is left out and prompts are shared."
         )
     rows = [Result(**row) for row in results["trainers"]]
-    trl = next((row for row in rows if row.name == TRAINERS["trl"] and not row.absent), None)
-    for row in rows:
-        if row.absent:
-            lines.append(f"| {row.name} | absent: {row.absent} | | | | | | | | |")
-            continue
-        speed = f"{row.tokens_per_second / trl.tokens_per_second:.2f}" if trl else ""
-        memory = f"{row.extra_memory / 2**30:.2f} GiB" if row.extra_memory else "not measured"
-        ratio = f"{row.extra_memory / trl.extra_memory:.2f}" if trl and trl.extra_memory else ""
-        lines.append(
-            f"| {row.name} | {statistics.median(row.step_seconds):.1f} | {row.tokens_per_second:.0f} | "
-            f"{row.wall_seconds:.0f} s | {row.tokens / row.wall_seconds:.0f} | {row.peak_rss / 2**30:.2f} GiB | "
-            f"{row.loss:.4f} | {speed} | {memory} | {ratio} |"
-        )
+    for objective, baseline in BASELINES.items():
+        own = [row for row in rows if row.name.startswith("wspo") == (objective == "WSPO")]
+        compared = next((row for row in own if row.name == baseline and not row.absent), None)
+        if own:
+            times = f"times {TRAINERS[baseline]}'s"
+            lines += [
+                "",
+                f"| {objective} | seconds per step | tokens/s in the steps | {times} | the whole command | "
+                f"tokens/s over it | mean loss | peak RSS | memory above model and optimizer | {times} |",
+                "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+                *(_line(row, compared) for row in own),
+            ]
     return "\n".join(lines)
+
+
+def _line(row: Result, compared: Result | None) -> str:
+    label = TRAINERS[row.name]
+    if row.absent:
+        return f"| {label} | absent: {row.absent} | | | | | | | | |"
+    speed = f"{row.tokens_per_second / compared.tokens_per_second:.2f}" if compared else ""
+    memory = f"{row.extra_memory / 2**30:.2f} GiB" if row.extra_memory else "not measured"
+    ratio = f"{row.extra_memory / compared.extra_memory:.2f}" if compared and compared.extra_memory else ""
+    return (
+        f"| {label} | {statistics.median(row.step_seconds):.1f} | {row.tokens_per_second:.0f} | {speed} | "
+        f"{row.wall_seconds:.0f} s | {row.tokens / row.wall_seconds:.0f} | {row.loss:.4f} | "
+        f"{row.peak_rss / 2**30:.2f} GiB | {memory} | {ratio} |"
+    )
 
 
 if __name__ == "__main__":

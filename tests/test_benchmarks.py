@@ -134,11 +134,11 @@ def test_train_step_table_names_the_absent() -> None:
         "settings": {"model": "m", "data": "p", "steps": 1, "batch_size": 2, "max_length": 8},
         "trainers": [
             vars(bench_train_step.Result("ours", [2.0, 4.0], 10.0, 60.0, 2**30, 0.5)),
-            vars(bench_train_step.Result("theirs", [], absent="exit status 1: no module")),
+            vars(bench_train_step.Result("trl", [], absent="exit status 1: no module")),
         ],
     }
     text = bench_train_step.markdown(results)
-    assert "| ours | 3.0 | 10 | 10 s | 6 | 1.00 GiB | 0.5000 |" in text
+    assert "| prefopt_fast train | 3.0 | 10 |  | 10 s | 6 | 0.5000 | 1.00 GiB |" in text
     assert "absent: exit status 1: no module" in text
 
 
