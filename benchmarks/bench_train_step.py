@@ -305,7 +305,8 @@ def run_trl(options: argparse.Namespace) -> dict[str, Any]:
 def run_authors(options: argparse.Namespace) -> dict[str, Any]:
     import transformers
 
-    from prefopt_fast.batch import IGNORE_INDEX, RESPONSES, collate, encode, load_preferences
+    from prefopt_fast.batch import IGNORE_INDEX, collate, encode, load_preferences
+    from prefopt_fast.config import RESPONSES
     from prefopt_fast.policy import load_tokenizer
 
     before, weak = peak_rss(), weak_models(options)

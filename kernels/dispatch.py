@@ -21,7 +21,7 @@ class Options(NamedTuple):
 
     grad_tolerance: tuple[float, float] = (0.0, 0.0)  # of dhidden, of dweight; 0 is exact
     ignore_index: int = -100
-    seed: int = 0
+    seed: int | Tensor = 0  # a Tensor, () int64 on the CPU, where each call of a compiled function draws another
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,8 @@ from .tiles import (
 )
 
 MAX_SPLITS = 256
-MIN_WAVES = 16  # programs per multiprocessor: the last wave of programs is partly idle, so its share must be small
+PARTIALS_BYTES = 16 << 20  # of what the splits know of the tokens: next to nothing to write and to merge
+PROGRAM_START = 512  # of the hidden size: a program takes as long to start and end as these do of a tile
 
 # N·V·H under which choosing columns costs more time than it saves, as measured on an H100.
 MIN_SAMPLED_WORK = 4e11
@@ -89,7 +90,8 @@ def _forward_kernel(
     token_block, split = in_groups(tl.program_id(0), tl.cdiv(n_tokens, BLOCK_N), n_splits)
     first_token = token_block * BLOCK_N
     tokens = first_token + tl.arange(0, BLOCK_N)
-    target = tl.load(targets + tokens, mask=tokens < n_tokens, other=-1).to(tl.int32)
+    wide_target = tl.load(targets + tokens, mask=tokens < n_tokens, other=-1)
+    target = tl.where((wide_target >= 0) & (wide_target < vocab_size), wide_target, -1).to(tl.int32)
     if seed is not None:
         known = tl.load(seed + tokens, mask=tokens < n_tokens, other=float("inf"))
 
@@ -155,7 +157,7 @@ def _forward_kernel(
         tl.store(slot + (2 + SUM_SQ + ENTROPY) * stride, logit_sum, mask=scored)
     # A target stands in one split: that program writes its logit, and the first one NaN for what is no target.
     here = (target >= first_column) & (target < last_column)
-    nowhere = ((target < 0) | (target >= vocab_size)) & (tokens < tl.where(split == 0, n_tokens, 0))
+    nowhere = (target < 0) & (tokens < tl.where(split == 0, n_tokens, 0))
     tl.store(target_logits + tokens, tl.where(here, target_logit, float("nan")), mask=here | nowhere)
     if seed is not None:
         tl.debug_barrier()  # the loop's stores, which other threads made, come first
@@ -335,13 +337,23 @@ def _resident_programs(config: configs.Config, device: torch.device) -> int:
     return processors(device) * (2 if config.num_warps <= 4 else 1)
 
 
-def _splits(n_tokens: int, vocab_size: int, config: configs.Config, device: torch.device) -> tuple[int, int]:
-    """(splits, tiles per split): enough programs for MIN_WAVES waves, at most MAX_SPLITS splits."""
-    n_processors = processors(device)
+def _splits(
+    problem: tuple[int, int, int], quantities: int, config: configs.Config, device: torch.device
+) -> tuple[int, int]:
+    """(splits, tiles per split) of (n, H, V): of the programs as many run at once as the device has room for, and what
+    the last of these waves leaves idle is lost, up to a twentieth of the time."""
+    n_tokens, hidden_size, vocab_size = problem
+    at_once = _resident_programs(config, device)
     tiles = triton.cdiv(vocab_size, config.block_v)
     blocks = triton.cdiv(n_tokens, config.block_n)
-    wanted = min(MAX_SPLITS, tiles, triton.cdiv(MIN_WAVES * n_processors, blocks))
-    tiles_per_split = triton.cdiv(tiles, wanted)
+    most = max(1, min(MAX_SPLITS, PARTIALS_BYTES // (4 * quantities * n_tokens)))
+    fewest_tiles = triton.cdiv(tiles, most)
+
+    def duration(tiles_per_split: int) -> float:
+        waves = triton.cdiv(blocks * triton.cdiv(tiles, tiles_per_split), at_once)
+        return waves * (tiles_per_split * hidden_size + PROGRAM_START)
+
+    tiles_per_split = min(range(fewest_tiles, fewest_tiles + 32), key=duration)
     return triton.cdiv(tiles, tiles_per_split), tiles_per_split
 
 
@@ -359,13 +371,14 @@ def forward_partials(
     (n_tokens, hidden_size), vocab_size = hidden.shape, weight.shape[0]
     scale, softcap = transform
     config = configs.lookup("forward", configs.architecture(hidden.device), hidden.dtype, hidden_size)
-    n_splits, tiles_per_split = _splits(n_tokens, vocab_size, config, hidden.device)
     quantities = {
         "SUM_SQ": "log_sum_sq_probs" in stats,
         "ENTROPY": "entropy" in stats,
         "SUM": "mean_logit" in stats,
     }
-    partials = hidden.new_empty(2 + sum(quantities.values()), n_splits, n_tokens, dtype=torch.float32)
+    n_quantities = 2 + sum(quantities.values())
+    n_splits, tiles_per_split = _splits((n_tokens, hidden_size, vocab_size), n_quantities, config, hidden.device)
+    partials = hidden.new_empty(n_quantities, n_splits, n_tokens, dtype=torch.float32)
     target_logits = hidden.new_empty(n_tokens, dtype=torch.float32)
     n_blocks = triton.cdiv(n_tokens, config.block_n)
     column_sq = None if seed is None else hidden.new_empty(n_blocks, vocab_size, dtype=torch.bfloat16)
@@ -465,7 +478,7 @@ def _forward_op(
     stats: str,
     ignore_index: int,
     tolerance: float,
-    seed: int,
+    seed: Tensor,  # (), on the CPU
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """logprobs (N,), logsumexp (N,) and the asked statistics (len(stats), N); stats are names joined by commas.
 
@@ -522,7 +535,7 @@ def _(
     stats: str,
     ignore_index: int,
     tolerance: float,
-    seed: int,
+    seed: Tensor,  # (), on the CPU
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     logprobs = hidden.new_empty(targets.shape, dtype=torch.float32)
     n_stats = len(stats.split(",")) if stats else 0
@@ -592,7 +605,7 @@ def _backward_op(
     softcap: float | None,
     ignore_index: int,
     tolerance: float,
-    seed: int,
+    seed: Tensor,  # (), on the CPU
     needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dhidden, dweight and dbias, each empty where not needed; exact at tolerance 0, else sampled where that pays.
@@ -636,7 +649,7 @@ def _backward_op(
         tile = configs.lookup("sampled_grad_logits", arch, hidden.dtype, hidden.shape[1]).block_v
         sampled = Operands(*operands, BLOCKS_PER_CHUNK * block_n, tile)
         train_head = dweight is not None or dbias is not None
-        slots, report = draw_slots(sampled, column_sq, grad, logprobs, tolerance, seed, train_head)
+        slots, report = draw_slots(sampled, column_sq, grad, logprobs, tolerance, int(seed), train_head)
     if slots is None:
         _exact_gradients(*operands, unit, rows, (dhidden, dweight, dbias))
     else:
@@ -714,24 +727,9 @@ def _accumulate_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 @_backward_op.register_fake
 def _(
-    grad: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    logprobs: Tensor,
-    logsumexp: Tensor,
-    column_sq: Tensor,
-    center: Tensor,
-    index: Tensor,
-    scale: float,
-    softcap: float | None,
-    ignore_index: int,
-    tolerance: float,
-    seed: int,
-    needed: list[bool],
+    grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    need_hidden, need_weight, need_bias = needed
+    *_, (need_hidden, need_weight, need_bias) = rest
     return (
         hidden.new_empty(hidden.shape) if need_hidden else hidden.new_empty(0),
         weight.new_empty(weight.shape) if need_weight else weight.new_empty(0),
@@ -741,18 +739,22 @@ def _(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, targets, ctx.scale, ctx.softcap, _, ctx.ignore_index, ctx.tolerance, ctx.seed = inputs
+    hidden, weight, bias, targets, ctx.scale, ctx.softcap, _, ctx.ignore_index, ctx.tolerance, seed = inputs
     logprobs, *detached = output
     logsumexp, _, *sampling = detached
-    ctx.save_for_backward(hidden, weight, bias, targets, logprobs, logsumexp, *sampling)
+    ctx.save_for_backward(hidden, weight, bias, targets, logprobs, logsumexp, *sampling, seed)
     ctx.report = None  # a Report, where linear_logprob has one filled in
+    ctx.set_materialize_grads(False)  # zeros of column_sq would be a large tensor
     ctx.mark_non_differentiable(*detached)
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 10
     needed = list(ctx.needs_input_grad[:3])
-    steering = (ctx.scale, ctx.softcap, ctx.ignore_index, ctx.tolerance, ctx.seed)
-    *gradients, report = _backward_op(grad.contiguous(), *ctx.saved_tensors, *steering, needed)
+    *operands, seed = ctx.saved_tensors
+    steering = (ctx.scale, ctx.softcap, ctx.ignore_index, ctx.tolerance, seed)
+    *gradients, report = _backward_op(grad.contiguous(), *operands, *steering, needed)
     if ctx.report is not None and type(report) is Tensor:  # what traces a backward has no values yet
         columns_kept, estimated_error, dense_chunks, chunks = report.tolist()
         ctx.report.values = GradReport(columns_kept, None, estimated_error, int(dense_chunks), int(chunks))
@@ -780,11 +782,12 @@ def linear_logprob(
     # One draw serves all gradients asked for, so the strictest tolerance rules; 0 for any of them means exact ones.
     tolerance = 0.0
     if torch.is_grad_enabled() and hidden.shape[0] * weight.numel() >= MIN_SAMPLED_WORK:
-        trained = (weight.requires_grad or (bias is not None and bias.requires_grad), hidden.requires_grad)
-        tolerances = [t for t, need in zip(options.grad_tolerance[::-1], trained, strict=True) if need]
+        trained = (hidden.requires_grad, weight.requires_grad or (bias is not None and bias.requires_grad))
+        tolerances = [t for t, need in zip(options.grad_tolerance, trained, strict=True) if need]
         tolerance = min(tolerances) if tolerances else 0.0  # torch.compile knows no min(…, default=…)
+    seed = torch.as_tensor(options.seed, device="cpu")
     logprobs, _, values, *_ = _forward_op(
-        hidden, weight, bias, targets, *transform, ",".join(stats), options.ignore_index, tolerance, options.seed
+        hidden, weight, bias, targets, *transform, ",".join(stats), options.ignore_index, tolerance, seed
     )
     outputs = dict(zip(stats, values.detach(), strict=True))
     if "is_top1" in outputs:

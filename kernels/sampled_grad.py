@@ -327,8 +327,10 @@ def _sampled_dhidden_kernel(
 
     if center is not None:
         row_sum = tl.zeros((BLOCK_N,), tl.float32)
-        for tile in tl.range(start // TILE, end // TILE):
-            row_sum += tl.load(tile_sums + tl.cast(tile, tl.int64) * CHUNK + within)
+        for tile in tl.range(start // TILE, end // TILE, 16):
+            tiles = tile + tl.arange(0, 16)
+            sums = tile_sums + tiles.to(tl.int64)[:, None] * CHUNK + within[None, :]
+            row_sum += tl.sum(tl.load(sums, mask=(tiles < end // TILE)[:, None], other=0.0), 0)
         total -= row_sum[:, None] * tl.load(center + features, mask=inside, other=0.0)[None, :]
     if unit is not None:
         total *= tl.load(unit)

@@ -101,8 +101,8 @@ def grad_of_product(
     product,  # (BLOCK_N, BLOCK_V), fp32
     tokens,  # (BLOCK_N,)
     columns,  # (BLOCK_V,)
-    target_columns,  # (n,): where among the columns the token's target stands
-    token_factors,  # (3, n), fp32: see the function of this name
+    targets,  # (n,)
+    token_factors,  # (3, n), fp32: see _token_factors in linear_logprob.py
     n_tokens,
     scale,
     softcap,
@@ -110,7 +110,7 @@ def grad_of_product(
 ):
     """∂loss/∂x of a tile from recomputed x = hidden @ weightᵀ + bias: ∂logp/∂z_v = [v = y] − p_v."""
     inside = tokens < n_tokens
-    target = tl.load(target_columns + tokens, mask=inside, other=-1).to(tl.int32)
+    target = tl.load(targets + tokens, mask=inside, other=-1).to(tl.int32)
     lse = tl.load(token_factors + tokens, mask=inside, other=float("inf"))
     factor = tl.load(token_factors + n_tokens + tokens, mask=inside, other=0.0)
     at_target = tl.load(token_factors + 2 * n_tokens + tokens, mask=inside, other=0.0)
@@ -145,7 +145,9 @@ def on_device(function: Callable[..., Result]) -> Callable[..., Result]:
 def processors(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
-    return torch.xpu.get_device_properties(device).gpu_subslice_count if device.type == "xpu" else 1
+    if device.type == "xpu":
+        return torch.xpu.get_device_properties(device).gpu_subslice_count
+    return 3  # the interpreter's: any few, so that work is shared out, and shared out unevenly
 
 
 def tma_available(*operands: Tensor) -> bool:

@@ -395,7 +395,7 @@ class _Forward:
         if head.softcap is None:
             cpu_passes.usable(self.at_target)  # compiles, where that is of use, before several workers ask for it
         self.workspaces = [_Workspace(self.at_target) for _ in range(self.workers)]
-        self.generator = torch.Generator(hidden.device).manual_seed(options.seed)
+        self.generator = torch.Generator(hidden.device).manual_seed(int(options.seed))
         size = (hidden.shape[1], SKETCH)
         self.sketch = torch.randn(size, generator=self.generator, device=hidden.device, dtype=head.dtype) / SKETCH**0.5
 

@@ -19,9 +19,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from .config import RESPONSES
 from .segments import NO_SEGMENT, shared_segments, token_boundaries
 
-RESPONSES = ("chosen", "rejected")
 TRUNCATION_SIDES = ("prompt_start", "sequence_start", "sequence_end")
 IGNORE_INDEX = -100
 

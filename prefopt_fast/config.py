@@ -15,6 +15,7 @@ from .losses import PAIRWISE_LOSSES, hyperparameter_names, loss_mixture, referen
 from .sequence_stats import ALIGNMENTS, alignment_stat
 
 OBJECTIVES = ("wpo", "wspo", "dpo", *PAIRWISE_LOSSES)  # "dpo" is sigmoid
+RESPONSES = ("chosen", "rejected")
 FROZEN_MODELS = ("ref", "weak_aligned", "weak_ref")
 AUTOCAST_DTYPES = {"bf16": "bfloat16", "fp16": "float16"}  # by Accelerate's names of mixed precision
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from .head import LMHead
 from .objectives import Objective, pair_objective, wspo_objective
 from .sequence_stats import require_tokens, segment_sum
-from .token_stats import product_dtype, resolve_grad_tolerance, token_logprobs, validate_inputs
+from .token_stats import token_logprobs, validate_inputs
 
 GradTolerance = float | str | tuple[float, float]
 Output = tuple[Tensor, dict[str, Tensor]]
@@ -54,7 +53,6 @@ class _ResponseLoss(nn.Module):
             stats=self.objective.stats,
             grad_tolerance=self.grad_tolerance,
             backend=self.backend,
-            seed=draw_seed(self.grad_tolerance, hidden),
         )
         packed = {name: value.flatten()[rows] if value.shape == keep.shape else value for name, value in frozen.items()}
         loss, metrics = self.objective.function(stats, nn.functional.pad(lengths.cumsum(0), (1, 0)), packed)
@@ -209,10 +207,3 @@ class WSPOLoss(_ResponseLoss):
                     f"{tuple(value.shape)}"
                 )
         return self._loss(hidden, head, targets, frozen, cu_seqlens, sample_weight)
-
-
-def draw_seed(grad_tolerance: GradTolerance, hidden: Tensor) -> int:
-    """A seed for token_logprobs from torch's generator, which an exact gradient leaves alone."""
-    if torch.is_grad_enabled() and any(resolve_grad_tolerance(grad_tolerance, product_dtype(hidden))):
-        return int(torch.randint(2**31, (), device="cpu"))
-    return 0

@@ -6,17 +6,15 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .config import TrainConfig
-from .losses import loss_mixture, preference_loss, reference_free, require_in, wpo_loss, wpo_pair_weight, wspo_loss
+from .config import FROZEN_MODELS, RESPONSES, TrainConfig
+from .losses import loss_mixture, preference_loss, reference_free, require_in, wpo_pair_weight, wspo_loss
 from .sequence_stats import SequenceLogprobs, alignment_stat, segment_sum, sequence_logprobs, wpo_weights
 from .token_stats import TokenStats
-
-PAIR = ("chosen", "rejected")
 
 # Statistics, cu_seqlens and each frozen model's log-probs → loss (B,), metrics (B,). Tokens are packed (N,) with
 # cu_seqlens (sequences + 1,), or padded (sequences, T) with None, and 0 where nothing is scored.
@@ -59,18 +57,16 @@ def pair_objective(
         ValueError: as :func:`prefopt_fast.preference_loss`.
     """
     frozen = () if reference_free(loss_mixture(loss_type)) else ("ref",)
-    shared: dict[str, Any] = {
-        "loss_type": loss_type,
-        "beta": beta,
-        "hyperparameters": hyperparameters,
-        "sft_weight": sft_weight,
-    }
-    if weighting is None:
-        return _checked(Objective(partial(pairwise, **shared), PAIR, (), frozen))
-    alignment, clamp = weighting
-    statistic = alignment_stat(alignment)
-    function = partial(wpo, alignment=alignment, clamp=clamp, **shared)
-    return _checked(Objective(function, PAIR, () if statistic is None else (statistic,), frozen))
+    statistic = None if weighting is None else alignment_stat(weighting[0])
+    function = partial(
+        pairwise,
+        loss_type=loss_type,
+        beta=beta,
+        hyperparameters=hyperparameters,
+        sft_weight=sft_weight,
+        weighting=weighting,
+    )
+    return _checked(Objective(function, RESPONSES, () if statistic is None else (statistic,), frozen))
 
 
 def wspo_objective(gamma: float, level: str, sft_weight: float = 0.0) -> Objective:
@@ -80,7 +76,7 @@ def wspo_objective(gamma: float, level: str, sft_weight: float = 0.0) -> Objecti
         ValueError: as :func:`prefopt_fast.wspo_loss`.
     """
     function = partial(wspo, gamma=gamma, level=level, sft_weight=sft_weight)
-    return _checked(Objective(function, PAIR[:1], (), ("ref", "weak_aligned", "weak_ref")))
+    return _checked(Objective(function, RESPONSES[:1], (), FROZEN_MODELS))
 
 
 def _checked(objective: Objective) -> Objective:
@@ -100,42 +96,19 @@ def pairwise(
     beta: float,
     hyperparameters: Mapping[str, float],
     sft_weight: float,
+    weighting: tuple[str, bool] | None,  # alignment, clamp
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Any member of the DPO family, or a mixture."""
+    """Any member of the DPO family, or a mixture; WPO over it with ``weighting``."""
     chosen, rejected = _halves(stats, cu_seqlens, frozen)
     loss = preference_loss(chosen.policy, rejected.policy, chosen.ref, rejected.ref, loss_type, beta, **hyperparameters)
-    return _add_sft(loss, chosen.policy, sft_weight), _reward_metrics(chosen, rejected, beta)
-
-
-def wpo(
-    stats: TokenStats,  # (N,) or (2B, T): the chosen sequences, then the rejected ones
-    cu_seqlens: Tensor | None,  # (2B + 1,)
-    frozen: Mapping[str, Tensor],  # as stats, or (2B,) sums
-    alignment: str,
-    clamp: bool,
-    loss_type: str | Mapping[str, float],
-    beta: float,
-    hyperparameters: Mapping[str, float],
-    sft_weight: float,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """WPO over any member of the DPO family, or a mixture."""
-    chosen, rejected = _halves(stats, cu_seqlens, frozen)
-    chosen_weight, rejected_weight = wpo_weights(stats, alignment, cu_seqlens).chunk(2)
-    loss = wpo_loss(
-        chosen.policy,
-        rejected.policy,
-        chosen.ref,
-        rejected.ref,
-        chosen_weight,
-        rejected_weight,
-        loss_type,
-        beta,
-        clamp,
-        **hyperparameters,
-    )
-    weight = wpo_pair_weight(chosen_weight, rejected_weight, clamp)
-    metrics = {"wpo/weight": weight, "wpo/squared_weight": weight.square()}
-    return _add_sft(loss, chosen.policy, sft_weight), _reward_metrics(chosen, rejected, beta) | metrics
+    metrics = _reward_metrics(chosen, rejected, beta)
+    if weighting is not None:
+        alignment, clamp = weighting
+        chosen_weight, rejected_weight = wpo_weights(stats, alignment, cu_seqlens).chunk(2)
+        weight = wpo_pair_weight(chosen_weight, rejected_weight, clamp)
+        loss = weight * loss
+        metrics |= {"wpo/weight": weight, "wpo/squared_weight": weight.square()}
+    return _add_sft(loss, chosen.policy, sft_weight), metrics
 
 
 def wspo(
@@ -160,7 +133,7 @@ def wspo(
     segments = frozen.get("segments") if level == "segment" else None
     chosen = sequence_logprobs(stats, cu_seqlens)
     policy, mask = padded(stats.logprobs), padded(stats.mask)
-    ref, aligned, weak = (padded(frozen[name]) for name in ("ref", "weak_aligned", "weak_ref"))
+    ref, aligned, weak = (padded(frozen[name]) for name in FROZEN_MODELS)
     loss = wspo_loss(policy, ref, aligned, weak, mask, gamma, level, None if segments is None else padded(segments))
     ratio = stats.logprobs.detach() - frozen["ref"]
     target = frozen["weak_aligned"] - frozen["weak_ref"]

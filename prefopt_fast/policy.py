@@ -45,7 +45,7 @@ class ResponseModel(nn.Module):
         model: a causal LM, also with PEFT adapters other than prompt learning.
         grad_tolerance, backend: as in :func:`prefopt_fast.token_logprobs`.
         temperature: positive divisor of the logits.
-        seed: of the column sampling behind an inexact gradient. It is an attribute: give each step its own.
+        seed: as in :func:`prefopt_fast.token_logprobs`; an attribute, for those who give each step its own.
 
     Raises:
         ValueError: a model without a backbone and head that can be run apart.
@@ -57,7 +57,7 @@ class ResponseModel(nn.Module):
         grad_tolerance: float | str | tuple[float, float] = "auto",
         backend: str = "auto",
         temperature: float = 1.0,
-        seed: int = 0,
+        seed: int | None = None,
     ):
         super().__init__()
         backbone: Any = find_backbone(model)

@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from . import parallel
@@ -77,7 +78,7 @@ def token_logprobs(
     grad_tolerance: float | str | tuple[float, float] = "auto",
     backend: str = "auto",
     ignore_index: int = -100,
-    seed: int = 0,
+    seed: int | None = None,
 ) -> TokenStats:
     """Log-probability of each target token, without ever holding the (tokens × vocabulary) logits.
 
@@ -96,7 +97,8 @@ def token_logprobs(
         backend: "auto", "torch", "triton" or "reference". What cannot run raises.
         ignore_index: targets with this value are not computed.
         seed: of the column sampling behind an inexact gradient; equal inputs and seed give equal bits, on the torch
-            path with an equal number of threads.
+            path with an equal number of threads. None draws one from torch's CPU generator, which
+            ``torch.manual_seed`` governs: another for each call and process, so that errors average out.
 
     A sharded head makes the call collective: see :class:`LMHead`.
 
@@ -111,7 +113,8 @@ def token_logprobs(
     head = parallel.localize(head, hidden.dtype)
     weight = product_weight(hidden, head)
     operands = (hidden.reshape(-1, hidden.shape[-1]), weight, head.bias, targets.reshape(-1), head.transform)
-    how = (tuple(stats), dispatch.Options(tolerances, ignore_index, seed), backend)
+    drawn = seed is None and torch.is_grad_enabled() and any(tolerances)
+    how = (tuple(stats), dispatch.Options(tolerances, ignore_index, _draw_seed() if drawn else seed or 0), backend)
     if head.group is None:
         outputs, report = dispatch.linear_logprob(*operands, *how)
     else:
@@ -121,6 +124,12 @@ def token_logprobs(
     # No view where none is needed, such as FSDP warns of where a model returns it.
     shaped = {n: value if targets.dim() == 1 else value.reshape(targets.shape) for n, value in outputs.items()}
     return TokenStats(mask=targets != ignore_index, report=report, backend=backend, **shaped)
+
+
+def _draw_seed() -> Tensor:
+    """(): of torch's CPU generator, which may be in the same state in all processes."""
+    seed = torch.randint(2**31, (), device="cpu")
+    return seed * dist.get_world_size() + dist.get_rank() if dist.is_available() and dist.is_initialized() else seed
 
 
 def product_dtype(hidden: Tensor) -> torch.dtype:

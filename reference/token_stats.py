@@ -55,7 +55,7 @@ def token_logprobs(
     grad_tolerance: float | str | tuple[float, float] = 0.0,
     backend: str = "reference",
     ignore_index: int = -100,
-    seed: int = 0,
+    seed: int | None = None,
 ) -> TokenStats:
     """:func:`prefopt_fast.token_logprobs` in float64 throughout (``grad_tolerance`` and ``seed`` change nothing)."""
     if backend not in ("auto", "reference"):

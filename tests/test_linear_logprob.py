@@ -201,7 +201,7 @@ def test_programs_in_any_order_on_memory_of_any_content(tolerance: float, always
     wanted = () if tolerance else pf.STATS
 
     def everything() -> list[Tensor]:
-        stats = pf.token_logprobs(hidden, head, targets, wanted, tolerance, backend="triton")
+        stats = pf.token_logprobs(hidden, head, targets, wanted, tolerance, backend="triton", seed=0)
         values = [getattr(stats, name) for name in ("logprobs", *wanted)]
         return [*values, *torch.autograd.grad(stats.logprobs, (hidden, head.weight, head.bias), upstream)]
 
@@ -379,8 +379,9 @@ def test_operators(tolerance: float, device: str, always_sample: None) -> None:
     hidden, weight, targets = make_problem(20, 70, 32, device=device)
     targets[4] = -100
     leaves = (hidden.requires_grad_(), weight.requires_grad_(), torch.randn(70, device=device).requires_grad_())
-    steering = (1.0, 5.0, -100, tolerance, 0)
-    forward = (*leaves, targets, 1.0, 5.0, "entropy,is_top1", -100, tolerance, 0)
+    seed = torch.tensor(0)
+    steering = (1.0, 5.0, -100, tolerance, seed)
+    forward = (*leaves, targets, 1.0, 5.0, "entropy,is_top1", -100, tolerance, seed)
     torch.library.opcheck(torch.ops.prefopt_fast.linear_logprob.default, forward)
     saved = [t.detach() for t in torch.ops.prefopt_fast.linear_logprob(*forward)]
     del saved[2]  # the statistics
@@ -394,8 +395,9 @@ def test_compile_and_export(tolerance: float, device: str, always_sample: None) 
     hidden.requires_grad_()
     weight.requires_grad_()
 
-    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
-        result = pf.token_logprobs(hidden, pf.LMHead(weight), targets, ("entropy",), tolerance, backend="triton")
+    def loss(hidden: Tensor, weight: Tensor, seed: int | None = 1) -> Tensor:
+        head, options = pf.LMHead(weight), {"backend": "triton", "seed": seed}
+        result = pf.token_logprobs(hidden, head, targets, ("entropy",), tolerance, **options)
         assert not torch.compiler.is_compiling() or result.report is None
         return (result.logprobs * result.entropy).sum()
 
@@ -404,6 +406,8 @@ def test_compile_and_export(tolerance: float, device: str, always_sample: None) 
         *(torch.autograd.grad(f(hidden, weight), (hidden, weight)) for f in (compiled, loss)), strict=True
     ):
         assert torch.equal(ours, eager)
+    drawn = [torch.autograd.grad(compiled(hidden, weight, None), hidden)[0] for _ in range(2)]
+    assert torch.equal(*drawn) == (tolerance == 0)
 
     class Module(torch.nn.Module):
         def forward(self, hidden: Tensor, weight: Tensor) -> Tensor:

@@ -228,7 +228,7 @@ def test_a_seed_gives_the_same_bits():
         assert torch.equal(grad, again[name])
         assert not torch.equal(grad, other[name])
     state = torch.get_rng_state()
-    fast(*operands, upstream, grad_tolerance=2.0**-5)
+    fast(*operands, upstream, grad_tolerance=2.0**-5, seed=3)
     assert torch.equal(state, torch.get_rng_state()), "the caller's generator was used"
 
 

@@ -10,7 +10,6 @@ import torch
 from conftest import assert_as_good_as_plain, make_problem, plain_stats, relative_error
 
 import prefopt_fast as pf
-from prefopt_fast.modules import draw_seed
 
 
 def test_reference_agrees_with_the_textbook():
@@ -139,11 +138,37 @@ def test_auto_tolerance_is_that_of_the_product():
         stats = pf.token_logprobs(hidden, pf.LMHead(weight), targets, grad_tolerance=tolerance)
         return torch.autograd.grad(stats.logprobs.sum(), hidden)[0], stats.grad_report
 
-    assert gradient("auto")[1] is None and draw_seed("auto", hidden) == 0
+    state = torch.get_rng_state()
+    assert gradient("auto")[1] is None and torch.equal(torch.get_rng_state(), state)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        (ours, report), (expected, _) = gradient("auto"), gradient(2.0**-8)
-        assert draw_seed("auto", hidden) != 0
+        ours, report = gradient("auto")
+        torch.set_rng_state(state)
+        expected, _ = gradient(2.0**-8)
     assert report is not None and torch.equal(ours, expected)
+
+
+def test_draws_differ_by_call_and_process(monkeypatch):
+    """Without a seed: else what one draw gets wrong all would, and no average over steps or processes would end it."""
+    hidden, weight, targets = make_problem(40, 3000, 8)
+    hidden.requires_grad_()
+
+    def gradient(seed=None):
+        stats = pf.token_logprobs(hidden, pf.LMHead(weight), targets, grad_tolerance=2.0**-4, seed=seed)
+        assert stats.grad_report.dense_chunks == 0
+        return torch.autograd.grad(stats.logprobs.sum(), hidden)[0]
+
+    torch.manual_seed(0)
+    first, second = gradient(), gradient()
+    torch.manual_seed(0)
+    assert torch.equal(gradient(), first) and not torch.equal(first, second)
+    assert torch.equal(gradient(seed=3), gradient(seed=3))
+    of_ranks = []
+    for rank in (0, 1):
+        torch.manual_seed(0)
+        for name, value in {"is_initialized": True, "get_world_size": 2, "get_rank": rank}.items():
+            monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+        of_ranks.append(gradient())
+    assert not torch.equal(*of_ranks)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from ..head import LMHead
 from ..losses import kto_loss, log_odds_ratio, preference_loss, reference_free
-from ..modules import draw_seed
 from ..objectives import pair_objective
 from ..sequence_stats import SequenceLogprobs, sequence_logprobs
 from ..token_stats import token_logprobs
@@ -39,9 +38,8 @@ class _FusedLinearLoss(nn.Module):
     def _sequences(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> SequenceLogprobs:
         if target.dim() != 2:
             raise ValueError(f"target must be (sequences, T), found {tuple(target.shape)}")
-        seed = draw_seed("auto", hidden)
         head = LMHead(weight, bias)
-        return sequence_logprobs(token_logprobs(hidden, head, target, ignore_index=self.ignore_index, seed=seed))
+        return sequence_logprobs(token_logprobs(hidden, head, target, ignore_index=self.ignore_index))
 
     def _logps(self, sequences: SequenceLogprobs) -> Tensor:
         return sequences.mean if self.average_log_prob else sequences.sum

@@ -24,11 +24,11 @@ except ImportError as error:
 
 import datasets
 
-from ..batch import IGNORE_INDEX, RESPONSES, ResponseBatch, collate
-from ..config import FROZEN_MODELS
+from ..batch import IGNORE_INDEX, ResponseBatch, collate
+from ..config import FROZEN_MODELS, RESPONSES
 from ..head import LMHead
 from ..metrics import Sums, summarize
-from ..modules import GradTolerance, draw_seed
+from ..modules import GradTolerance
 from ..objectives import Objective
 from ..packing import pack
 from ..policy import (
@@ -74,7 +74,6 @@ def fused_causal_lm_loss(
         grad_tolerance=grad_tolerance,
         backend=backend,
         ignore_index=ignore_index,
-        seed=draw_seed(grad_tolerance, hidden),
     )
     return -stats.logprobs.sum() / (stats.mask.sum() if num_items_in_batch is None else num_items_in_batch)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import sys
 import types
 from collections.abc import Callable
@@ -77,7 +76,7 @@ class use_fast_logprobs(contextlib.AbstractContextManager):
     are served too. Undone at the end of a ``with`` block, or by ``undo()``; uses nest.
 
     Args:
-        grad_tolerance, backend: as in :func:`prefopt_fast.token_logprobs`. Every call draws other columns.
+        grad_tolerance, backend: as in :func:`prefopt_fast.token_logprobs`.
 
     Raises:
         ValueError, RuntimeError: a tolerance or backend that does not exist.
@@ -120,7 +119,6 @@ class _FastLogProbFunction:
 
     def __init__(self, grad_tolerance: Tolerance, backend: str):
         self.grad_tolerance, self.backend = grad_tolerance, backend
-        self.seeds = itertools.count()
 
     def apply(
         self,
@@ -141,7 +139,6 @@ class _FastLogProbFunction:
             tuple(_OURS.get(name, name) for name in OPTIONAL_OUTPUTS if name in outputs),
             self.grad_tolerance,
             self.backend,
-            seed=next(self.seeds),
         )
         entropy = stats.entropy
         if entropy is not None and stats.logprobs.requires_grad:
@@ -453,7 +450,7 @@ def _add_fast_head(model: Any, stats: tuple[str, ...], args: _Config, sides: int
     returned gives the model its own forward back.
     """
     model = model.get_base_model() if is_peft_model(model) else model
-    forward, seeds = model.forward, itertools.count()
+    forward = model.forward
     patched = "forward" in vars(model)
 
     @functools.wraps(type(model).forward)  # generate() reads the signature
@@ -480,7 +477,6 @@ def _add_fast_head(model: Any, stats: tuple[str, ...], args: _Config, sides: int
             stats,
             args.grad_tolerance,
             args.backend,
-            seed=next(seeds),
         )
         fields = {
             "log_probs": found.logprobs,
