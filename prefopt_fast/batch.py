@@ -9,6 +9,7 @@ import warnings
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,12 @@ def _load(path: Path, source: str, split: str | None) -> datasets.Dataset | data
     if path.is_dir():
         return datasets.load_dataset(str(path))
     hub_id = hub_name(source)
-    return datasets.load_dataset(hub_id["name"], hub_id["config"], split=split)
+    try:
+        return datasets.load_dataset(hub_id["name"], hub_id["config"], split=split)
+    except OSError as error:  # also what a connection or a look-up on the hub raises
+        raise FileNotFoundError(
+            f"{source} is no file or folder here, and could not be read from the Hugging Face hub: {error}"
+        ) from error
 
 
 def _slices(splits: datasets.DatasetDict, slices: str, source: str) -> datasets.Dataset:
@@ -148,7 +154,7 @@ def normalize(row: Mapping[str, Any], index: int, responses: Sequence[str] = RES
         if isinstance(prompt, str):
             raise ValueError(f"row {index}, conversations: expected a list of messages, found text")
         if row.get("system") and prompt[0]["role"] != "system":
-            prompt = [{"role": "system", "content": row["system"]}, *prompt]
+            prompt = [_with_text({"role": "system", "content": row["system"]}, f"row {index}, system"), *prompt]
         # The format's responses are messages even where a file has them as bare text.
         fields = {k: [{"role": "assistant", "content": v}] if isinstance(v, str) else v for k, v in fields.items()}
         fields["prompt"] = prompt
@@ -168,6 +174,10 @@ def normalize(row: Mapping[str, Any], index: int, responses: Sequence[str] = RES
             template_kwargs["tools"] = json.loads(tools) if isinstance(tools, str) else _without_none(tools)
         except json.JSONDecodeError as error:
             raise ValueError(f"row {index}, tools: expected a list, or one as JSON text; {error}") from error
+        if not isinstance(template_kwargs["tools"], list):
+            raise ValueError(f"row {index}, tools: expected a list, or one as JSON text; found {tools!r:.200}")
+    if taken := {"tokenize", "add_generation_prompt"} & set(template_kwargs):
+        raise ValueError(f"row {index}, chat_template_kwargs: {', '.join(sorted(taken))} are not the data's to set")
     return {**fields, "template_kwargs": template_kwargs}
 
 
@@ -177,20 +187,34 @@ def _text_or_messages(value: Any, where: str) -> Text:
         return value
     messages = [value] if isinstance(value, Mapping) else value
     if not isinstance(messages, Sequence) or not messages or not all(isinstance(item, Mapping) for item in messages):
-        raise ValueError(f"{where}: expected text or a list of messages, found {value!r:.200}")
+        raise ValueError(f"{where}: expected text or a list of messages, found {_seen(value)}")
     return [_message(message, where) for message in messages]
 
 
 def _message(message: Mapping[str, Any], where: str) -> Message:
     message = _without_none(message)
     if "role" in message:
-        return dict(message)
+        return _with_text(dict(message), where)
     if message.get("from") not in _SHAREGPT_ROLES or "value" not in message:
         raise ValueError(
             f'{where}: a message must have "role" and "content", or "value" and "from" (one of '
             f"{', '.join(_SHAREGPT_ROLES)}), found {message!r:.200}"
         )
-    return {"role": _SHAREGPT_ROLES[message["from"]], "content": message["value"]}
+    return _with_text({"role": _SHAREGPT_ROLES[message["from"]], "content": message["value"]}, where)
+
+
+def _with_text(message: Message, where: str) -> Message:
+    """The message, whose content is text, a list of parts, or missing as beside tool calls."""
+    if not isinstance(message.get("content"), str | list | None):
+        raise ValueError(
+            f"{where}: a message's content must be text or a list of parts, found {_seen(message['content'])}"
+        )
+    return message
+
+
+def _seen(value: Any) -> str:
+    hint = " (a column of JSON in which every text is a date is read as dates: give the data as Parquet)"
+    return f"{value!r:.200}{hint if isinstance(value, date) else ''}"
 
 
 def _without_none(value: Any) -> Any:
@@ -355,10 +379,10 @@ def encode(
         for i, (ids, offsets) in enumerate(_tokenize(rendered, tokenizer, bool(boundaries))):
             row, prompt = rows[i], ids[0]
             ids = _split_sequences(prompt, ids[1:])
-            start = len(ids[0])
-            if start < len(prompt):
+            shared = len(ids[0])
+            if shared < len(prompt):
                 counts["diverged"] += 1
-                divergence = Divergence.of(prompt[start:], ids[1:], tokenizer, row)
+                divergence = Divergence.of(prompt[shared:], ids[1:], tokenizer, row)
                 if _changes_words(fields[i], rendered[i][1], divergence.tokens, tokenizer):
                     raise ValueError(
                         f"row {row}: {divergence.tokens} tokens of the prompt change before a response, so that words "
@@ -383,7 +407,7 @@ def encode(
                 text = rendered[i][1][k]
                 spans = _text_spans(fields[i], name, text, tokenizer, row)
                 first = len(ids[k]) - len(kept[k]) if truncation_side == "sequence_start" else 0
-                of_whole = token_boundaries(text, offsets[k][start:], spans)
+                of_whole = token_boundaries(text, offsets[k][shared:], spans)
                 encoded[-1][f"{name}_boundaries"] = of_whole[first : first + len(kept[k]) + 1]
         tables.append(pa.Table.from_pylist(encoded, schema=schema))
     report = EncodeReport(
@@ -420,7 +444,7 @@ def _render(fields: dict[str, Any], tokenizer: Any, row: int) -> tuple[bool, lis
     conversations = [(prompt, True), *((prompt + response, False) for response in responses)]
     try:
         return True, [_apply_template(tokenizer, fields, *conversation) for conversation in conversations]
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
         raise ValueError(f"row {row}: the chat template does not take these messages: {error}") from error
 
 
@@ -484,16 +508,21 @@ def _tokenize(
 ) -> list[tuple[list[list[int]], list[list[tuple[int, int]]]]]:
     """Ids of each row's texts and, where asked for, each token's place in its text.
 
-    Rows of text get the special tokens that the tokenizer adds by itself.
+    Rows of text get the special tokens that the tokenizer adds at their beginning; their EOS is in the text.
     """
     tokenized = []
+    added = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
+    at_end = next((i for i, special in enumerate(reversed(added)) if not special), 0)
     for templated, run in groupby(rendered, key=lambda item: item[0]):
         rows = [texts for _, texts in run]
         flat = [text for texts in rows for text in texts]
         encoding = tokenizer(
             flat, add_special_tokens=not templated, return_attention_mask=False, return_offsets_mapping=offsets
         )
-        ids, places = iter(encoding["input_ids"]), iter(encoding["offset_mapping"] if offsets else ())
+        columns = [encoding["input_ids"], encoding["offset_mapping"] if offsets else ()]
+        if not templated and at_end:
+            columns = [[values[:-at_end] for values in column] for column in columns]
+        ids, places = map(iter, columns)
         tokenized += [(list(islice(ids, len(texts))), list(islice(places, len(texts)))) for texts in rows]
     return tokenized
 
@@ -655,8 +684,11 @@ def collate(rows: list[dict[str, Any]], responses: Sequence[str] = RESPONSES, pa
         raise ValueError("collate needs at least one row")
     for row in rows:
         for column in ("prompt_ids", *(f"{name}_ids" for name in responses)):
-            if not len(row.get(column) or ()):
-                raise ValueError(f"row {row.get('row')} has no token in {column}; found {sorted(row)}")
+            if row.get(column) is None or not len(row[column]):
+                raise ValueError(
+                    f"row {row.get('row')} has no token in {column}: rows come from prefopt_fast.batch.encode; found "
+                    f"{sorted(row)}"
+                )
     pairs = [(list(row["prompt_ids"]), list(row[f"{name}_ids"])) for name in responses for row in rows]
     length = max(len(prompt) + len(response) for prompt, response in pairs)
     input_ids = torch.full((len(pairs), length), pad_token_id)

@@ -18,7 +18,7 @@ import torch
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 LOGPROBS = "logprobs"  # folder of the frozen models' stores
-TEMPORARY = ".partial"  # suffix of what is being written, and of what is being removed
+TEMPORARY = ".prefopt-partial"  # suffix of what is being written, and of what is being removed
 _PREFIX = "checkpoint-"
 
 

@@ -64,8 +64,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except ModuleNotFoundError as error:
         extra = next((name for name, modules in _EXTRAS.items() if (error.name or "").split(".")[0] in modules), None)
-        how = "" if extra is None else f": pip install 'prefopt_fast[{extra}]'"
+        how = "" if extra is None else f": in the checkout, pip install -c constraints.txt -e '.[{extra}]'"
         return _fail(f"{error.name or error} is not installed{how}", 1)
+    except OSError as error:
+        if not error.filename:  # what this package raises itself
+            return _fail(str(error), 1)
+        return _fail(f"{error.filename}: {error.strerror}", 1)
     except Exception as error:
         if not _raised_here(error):
             raise
@@ -176,17 +180,22 @@ def parse(config: type[Config], prog: str, arguments: Sequence[str]) -> Config:
     groups: Any = config.__bases__
     parser = HfArgumentParser(groups, prog=prog, formatter_class=_HelpFormatter, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags win over it.")
-    pre_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    pre_parser.add_argument("--config")
+    pre_parser = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
+    pre_parser.add_argument("--config", action="append", default=[])
     known, flags = pre_parser.parse_known_args(arguments)
+    if len(known.config) > 1:
+        raise ValueError(f"config must be one file, found {', '.join(known.config)}")
     names = [field.name for field in fields(config)]  # type: ignore[arg-type]
-    from_file = [] if known.config is None else _flags_of_file(Path(known.config), names)
+    from_file = [flag for path in known.config for flag in _flags_of_file(Path(path).expanduser(), names)]
     *parts, _, unknown = parser.parse_args_into_dataclasses(
         [*from_file, *flags], return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
         parser.error(f"unknown {', '.join(unknown)}{_suggestion(unknown[0], names)}")
-    return config(**{name: value for part in parts for name, value in vars(part).items()})
+    options = {name: value for part in parts for name, value in vars(part).items()}
+    # Which the shell leaves alone after "=", and nobody expands in a file.
+    home = {n: os.path.expanduser(v) for n, v in options.items() if isinstance(v, str) and v.startswith("~")}
+    return config(**options | home)
 
 
 def _flags_of_file(path: Path, names: list[str]) -> list[str]:
@@ -194,13 +203,17 @@ def _flags_of_file(path: Path, names: list[str]) -> list[str]:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text())
+        text = path.read_text(encoding="utf-8")
+        root, content = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
     except FileNotFoundError:
         raise FileNotFoundError(f"config {path} does not exist") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"config {path} is not YAML: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"config {path} must be a mapping of options, found {type(content).__name__}")
+    given = [str(key.value).replace("-", "_") for key, _ in root.value]
+    if twice := sorted({name for name in given if given.count(name) > 1}):
+        raise ValueError(f"config {path} has {', '.join(twice)} twice")
     content = {str(name).replace("-", "_"): value for name, value in content.items()}
     if unknown := [name for name in content if name not in names]:
         raise ValueError(f"config {path} has unknown options {', '.join(unknown)}{_suggestion(unknown[0], names)}")

@@ -93,6 +93,8 @@ def stored(
             "of the store, with level sequence or segment"
         )
     require_key(store.path, asdict(store.key), replace(key, model=store.key.model))
+    if name == "ref" and store.key.model != key.model:
+        say(f"note: ref_logprobs {store.path} is of another model than the policy begins as")
     if dtype not in ("auto", found := store.settings["dtype"]):
         say(f"note: {name}_logprobs {store.path} was computed in {found}, and this run computes in {dtype}")
     return FrozenLogprobs([store])

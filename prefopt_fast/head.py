@@ -161,6 +161,8 @@ def _effective_weight(layer: Any) -> tuple[Tensor, Tensor | None]:
         names = [layer.active_adapter] if isinstance(layer.active_adapter, str) else layer.active_adapters
         layer = layer.original_module if layer.disable_adapters or not names else layer.modules_to_save[names[0]]
     if hasattr(layer, "base_layer"):  # peft: LoRA on the head
+        if layer.disable_adapters and layer.merged:
+            layer.unmerge()  # as its own forward does, which never runs here
         weight, bias = _effective_weight(layer.base_layer)
         if not layer.disable_adapters and not layer.merged:
             for name in layer.active_adapters:
@@ -171,6 +173,9 @@ def _effective_weight(layer: Any) -> tuple[Tensor, Tensor | None]:
                     )
                 if name in layer.lora_A:
                     weight = weight + layer.get_delta_weight(name).to(weight.dtype)
+                    if (delta := layer.lora_B[name].bias) is not None:
+                        delta = (delta * layer.scaling[name]).to(weight.dtype)
+                        bias = delta if bias is None else bias + delta
         return weight, bias
     own = getattr(layer, "weight", None)
     if own is not None and hasattr(own, "quant_state"):  # bitsandbytes in 4 bits, packed and frozen

@@ -18,6 +18,7 @@ from torch import Tensor
 from .checkpoint import METRICS_FILE, TEMPORARY, publish, write_bytes
 
 EVAL = "eval_"
+CURVES = "curves.png"
 HEAD = "head/"  # what is told of the head's gradient
 
 
@@ -169,11 +170,11 @@ def draw_curves(output_dir: Path, title: str) -> Path:
         for axis in axes.flat[len(panels) :]:
             axis.set_visible(False)
         figure.suptitle(title, fontsize=12)
-        partial = output_dir / f"curves.png{TEMPORARY}"
+        partial = output_dir / f"{CURVES}{TEMPORARY}"
         figure.savefig(partial, dpi=150, format="png")
         plt.close(figure)
-    publish(partial, output_dir / "curves.png")
-    return output_dir / "curves.png"
+    publish(partial, output_dir / CURVES)
+    return output_dir / CURVES
 
 
 def running_mean(values: Sequence[float], width: int) -> list[float]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import datasets
+import pyarrow.compute as pc
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -79,7 +82,7 @@ class ResponseModel(nn.Module):
         Raises:
             ValueError: sequences longer than the model has positions for.
         """
-        _require_positions(self.model, batch.input_ids.shape[1], self._positions)
+        require_positions(self.model, batch.input_ids.shape[1], self._positions)
         if self._packs is None:
             verify_head(self.model, batch.input_ids[:1, :_CHECK_TOKENS])
             self._packs = verify_packing(self.model)
@@ -142,9 +145,18 @@ def find_backbone(model: nn.Module) -> nn.Module:
                 f"PEFT adapter {name!r} is of type {config.peft_type}, whose virtual tokens shift every position; "
                 "use an adapter that changes layers, such as LoRA"
             )
+        activated = getattr(config, "alora_invocation_tokens", None)
+        if activated or config.peft_type in ("POLY", "XLORA"):
+            kind = "an activated LoRA" if activated else f"of type {config.peft_type}"
+            raise ValueError(
+                f"PEFT adapter {name!r} is {kind}, which the whole model's forward steers by its inputs; use one that "
+                "changes layers alone, such as LoRA"
+            )
     if hasattr(causal_lm, "get_base_model"):
         causal_lm = causal_lm.get_base_model()
     backbone = getattr(causal_lm, "base_model", causal_lm)
+    if backbone is causal_lm:  # Llama 4's base_model_prefix names no attribute
+        backbone = getattr(causal_lm, "model", causal_lm)
     if backbone is causal_lm:
         name = type(causal_lm).__name__
         raise ValueError(f"{name} has no backbone apart from a head: a causal language model is needed")
@@ -190,16 +202,28 @@ def position_limit(model: nn.Module) -> int | None:
     return None
 
 
-def require_positions(model: nn.Module, longest: int) -> None:
-    """Raise ValueError where a sequence of ``longest`` tokens is longer than the model has positions for.
+def require_fit(model: nn.Module, encoded: datasets.Dataset) -> None:
+    """Raise ValueError where rows of :func:`prefopt_fast.batch.encode` are longer than the model has positions for, or
+    have tokens that it has no embedding for.
 
-    Beyond its table of positions a model fails in the middle of a forward pass: with a bare IndexError on CPUs, and
-    losing the device's context on GPUs. Positions that are computed, as rotary ones, have no such end.
+    Beyond its tables a model fails in the middle of a forward pass: with a bare IndexError on CPUs, and losing the
+    device's context on GPUs. Positions that are computed, as rotary ones, have no such end.
     """
-    _require_positions(model, longest, position_limit(model))
+    table = encoded.with_format("arrow")[:]
+    prompt, *responses = (table[name] for name in table.column_names if name.endswith("_ids"))
+    largest = max(pc.max(pc.list_flatten(column)).as_py() or 0 for column in (prompt, *responses))
+    embedding = model.get_input_embeddings()
+    if largest >= (tokens := getattr(embedding, "num_embeddings", math.inf)):
+        raise ValueError(
+            f"the tokenizer makes token {largest} of the data, and {type(model).__name__} has embeddings for {tokens}: "
+            "it is another model's tokenizer, or one to which tokens were added without resize_token_embeddings"
+        )
+    lengths = (pc.add(pc.list_value_length(prompt), pc.list_value_length(response)) for response in responses)
+    require_positions(model, max(pc.max(length).as_py() for length in lengths), position_limit(model))
 
 
-def _require_positions(model: nn.Module, longest: int, limit: int | None) -> None:
+def require_positions(model: nn.Module, longest: int, limit: int | None) -> None:
+    """Raise ValueError where a sequence of ``longest`` tokens is longer than the model's :func:`position_limit`."""
     if limit is not None and longest > limit:
         raise ValueError(
             f"max_length must be at most {limit} with {type(model).__name__}, which has that many positions; found a "
@@ -354,6 +378,21 @@ def _short_windows(backbone: nn.Module) -> Iterator[None]:
             each[name] = window
 
 
+def disable_dropout(model: Any) -> None:
+    """Of dropout modules, and of those that drop values or layers by a number, their own or their config's."""
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    saved = copy.deepcopy(causal_lm.config)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for holder in (module, getattr(module, "config", None)):
+            attributes = getattr(holder, "__dict__", {})
+            attributes |= {
+                name: 0.0 for name, value in attributes.items() if "drop" in name and isinstance(value, float)
+            }
+    causal_lm.config = saved  # the finished model's is that of the model it began as
+
+
 def load_model(
     source: str,
     dtype: torch.dtype | str = "auto",
@@ -374,18 +413,23 @@ def load_model(
         from peft import PeftModel
 
         base = load_model(adapter_base(source), dtype, trust_remote_code, attn_implementation)
-        with _explained(source):
+        with explained(source):
             return PeftModel.from_pretrained(base, source)
     # Under Accelerate's FSDP, transformers gives weights to one process and expects that they are broadcast: frozen
     # models, which nothing shards, would be left without any.
-    with _explained(source), patch_environment(fsdp_cpu_ram_efficient_loading="false"):
-        return AutoModelForCausalLM.from_pretrained(
+    with explained(source), patch_environment(fsdp_cpu_ram_efficient_loading="false"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             attn_implementation=attn_implementation,
+            output_loading_info=True,
         )
+        model, report = loaded
+        if missing := sorted(report["missing_keys"]):
+            raise ValueError(f"its files lack {len(missing)} of its weights, {', '.join(missing[:3])} …")
+    return model
 
 
 def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
@@ -400,7 +444,7 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
 
     if Path(source).is_dir() and is_adapter(source) and not any(Path(source).glob("tokenizer*")):
         source = adapter_base(source)
-    with _explained(source, weights=False):
+    with explained(source, weights=False):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
@@ -430,7 +474,7 @@ def adapter_base(source: str) -> str:
     """The folder or hub id of the model that an adapter is of; raises ValueError where it does not say."""
     from peft import PeftConfig
 
-    with _explained(source):
+    with explained(source):
         base = PeftConfig.from_pretrained(source).base_model_name_or_path
     if not base:
         raise ValueError(f"{source} does not say what it adapts: base_model_name_or_path in its adapter_config.json")
@@ -445,7 +489,7 @@ def require_safetensors(folder: str | Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def _explained(source: str, weights: bool = True) -> Iterator[None]:
+def explained(source: str, weights: bool = True) -> Iterator[None]:
     """Bad paths before any work; transformers' errors say what they are about, and its OSError for an id it cannot
     find says what that most likely means."""
     folder = Path(source).is_dir()
@@ -453,10 +497,12 @@ def _explained(source: str, weights: bool = True) -> Iterator[None]:
         require_safetensors(source)
     if not folder:
         hub_name(source)
+    from safetensors import SafetensorError
+
     try:
         yield
-    except (OSError, ValueError) as error:
-        if folder or isinstance(error, ValueError):
+    except (OSError, ValueError, ImportError, SafetensorError) as error:  # ImportError: of an attention implementation
+        if folder or not isinstance(error, OSError):
             raise ValueError(f"{source} cannot be loaded: {error}") from error
         raise FileNotFoundError(
             f"{source} is no folder here, and could not be read from the Hugging Face hub: {error}"

@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .batch import RESPONSES, ResponseBatch, collate, hub_name
+from .batch import ResponseBatch, collate, hub_name
 from .checkpoint import TEMPORARY, locked, write_bytes
-from .policy import ResponseModel, is_adapter, require_positions, require_safetensors
+from .config import RESPONSES
+from .policy import ResponseModel, is_adapter, require_fit, require_safetensors
 
 _PLAN, _STORE = "plan.json", "store.json"
 # A shard is what a killed run loses at most, and one memory map of an open store.
@@ -173,8 +174,7 @@ def score(
     }
     out = Path(out)
     if not LogprobStore.finished(out):
-        longest = encoded[shards[0][0][0]]
-        require_positions(model, len(longest["prompt_ids"]) + max(len(longest[f"{name}_ids"]) for name in responses))
+        require_fit(model, encoded)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out, "writing the store", wait=True):
         _begin(out, plan)

@@ -135,7 +135,8 @@ def _draw_seed() -> Tensor:
 def product_dtype(hidden: Tensor) -> torch.dtype:
     """Of the product with the head: the hidden states', or autocast's."""
     device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    casts = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64  # which autocast leaves alone
+    return torch.get_autocast_dtype(device) if casts else hidden.dtype
 
 
 def product_weight(hidden: Tensor, head: LMHead) -> Tensor:
@@ -168,6 +169,8 @@ def resolve_grad_tolerance(
 
 def validate_inputs(hidden: Tensor, head: LMHead, targets: Tensor, stats: tuple[str, ...], ignore_index: int) -> None:
     """Raise ValueError for anything :func:`token_logprobs` cannot compute, naming argument, finding and expectation."""
+    if not isinstance(head, LMHead):
+        raise TypeError(f"head must be an LMHead, found {type(head).__name__}: LMHead(weight, bias) makes one")
     if isinstance(stats, str) or (unknown := [name for name in stats if name not in STATS]):
         raise ValueError(
             f"stats must be a tuple of {', '.join(STATS)}; found {stats if isinstance(stats, str) else unknown!r}"

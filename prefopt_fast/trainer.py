@@ -7,7 +7,6 @@ a run that was killed and started again computes what a run that was never kille
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import hashlib
 import importlib.util
@@ -38,21 +37,22 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, SchedulerType, get_scheduler
 
 from . import checkpoint
-from .batch import RESPONSES, add_sample_weights, align, collate, encode, load_preferences
+from .batch import add_sample_weights, align, collate, encode, load_preferences
 from .checkpoint import TEMPORARY
-from .config import AUTOCAST_DTYPES, FROZEN_MODELS, TrainConfig
+from .config import AUTOCAST_DTYPES, FROZEN_MODELS, RESPONSES, TrainConfig
 from .frozen import FrozenLogprobs, SegmentIds, scored, spread_mean, stored
-from .metrics import EVAL, HEAD, MetricsLog, Sums, draw_curves, peak_memory, summarize
+from .metrics import CURVES, EVAL, HEAD, MetricsLog, Sums, draw_curves, peak_memory, summarize
 from .objectives import Objective, make_objective
 from .policy import (
     ResponseModel,
     adapter_base,
+    disable_dropout,
+    explained,
     find_backbone,
     is_adapter,
     load_model,
     load_tokenizer,
-    position_limit,
-    require_positions,
+    require_fit,
 )
 from .scoring import LogprobStore, StoreKey, data_digest, model_digest
 from .token_stats import GradReport, TokenStats
@@ -61,16 +61,8 @@ MERGED = "merged"  # folder of the model that merge_adapter wants
 OPTIMIZER = "optimizer"  # folder of a checkpoint's optimizer where it is sharded
 # Options that change where things lie or what is kept, not what is computed. Models and data count by their digests.
 _NOT_IDENTITY = {
-    *(
-        "output_dir",
-        "logprobs_dir",
-        "save_steps",
-        "save_total_limit",
-        "report_to",
-        "merge_adapter",
-        "trust_remote_code",
-    ),
-    *("model", "dataset", "dataset_split", "eval_dataset", "eval_split"),
+    *("output_dir", "logprobs_dir", "save_steps", "save_total_limit", "report_to", "merge_adapter"),
+    *("trust_remote_code", "model", "dataset", "dataset_split", "eval_dataset", "eval_split"),
     *(f"{name}_{kind}" for name in FROZEN_MODELS for kind in ("model", "logprobs")),
 }
 
@@ -147,7 +139,7 @@ def train(config: TrainConfig) -> Path:
         ModuleNotFoundError: TensorBoard is to be written and is not installed.
     """
     objective = make_objective(config)
-    _require_schedule(config.lr_scheduler_type)
+    _require_schedule(config)
     if config.report_to == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
         raise ModuleNotFoundError("report_to tensorboard needs tensorboard", name="tensorboard")
     accelerator = _accelerator(config)
@@ -167,6 +159,9 @@ def train(config: TrainConfig) -> Path:
     stores = {name: LogprobStore.open(path) for name in FROZEN_MODELS if (path := getattr(config, f"{name}_logprobs"))}
     # A store is of the data as it was encoded for it: with the responses that were scored.
     responses = next(iter(stores.values())).responses if stores else objective.responses
+    if any(store.responses != responses for store in stores.values()):
+        held = "; ".join(f"{name}_logprobs {', '.join(store.responses)}" for name, store in stores.items())
+        raise ValueError(f"stores must hold log-probs of the same responses, found {held}")
     if missing := set(objective.responses) - set(responses):
         raise ValueError(
             f"objective {config.objective} needs log-probs of {', '.join(missing)} responses; the store has none"
@@ -182,7 +177,8 @@ def train(config: TrainConfig) -> Path:
     if config.eval_dataset:
         eval_pairs = _load_pairs(config, config.eval_dataset, config.eval_split, tokenizers, responses, accelerator)
     plan = BatchPlan.of(config, len(positions), accelerator.num_processes)
-    sources = {name: _frozen_source(config, name) for name in objective.frozen if name not in stores}
+    accelerator.print(f"{plan.steps} steps of up to {plan.batch} pairs, in {accelerator.num_processes} processes")
+    sources = {n: getattr(config, f"{n}_model") or config.model for n in objective.frozen if n not in stores}
     identity |= {"model": key.model, "data": data_digest(pairs.encoded)}
     identity["eval_data"] = eval_pairs and data_digest(eval_pairs.encoded)
     if config.sample_weight_column:
@@ -215,6 +211,8 @@ def train(config: TrainConfig) -> Path:
                 done = f"merged into {output_dir / MERGED}"
                 if accelerator.is_main_process:
                     _save_merged(_finished_adapter(config), tokenizer, output_dir)
+            if accelerator.is_main_process and not (output_dir / CURVES).exists():
+                _draw_curves(config)
             accelerator.print(f"{output_dir} holds this run, finished after {plan.steps} steps: {done}")
             return output_dir
 
@@ -263,9 +261,9 @@ class Loop:
         resumed = checkpoint.latest_checkpoint(self.output_dir)
         set_seed(config.seed)  # the adapters' initialization, the same in all processes
         self.policy = _build_policy(config, resumed)
-        if position_limit(self.policy) is not None:
-            splits = [split.encoded for split in (training, evaluation) if split is not None]
-            require_positions(self.policy, max(_length(row) for rows in splits for row in rows))
+        for split in (training, evaluation):
+            if split is not None:
+                require_fit(self.policy, split.encoded)
         self.response_model = ResponseModel(self.policy, config.head_tolerance, config.backend)
         optimizer = _build_optimizer(config, self.policy)
         self.scheduler = get_scheduler(
@@ -331,9 +329,11 @@ class Loop:
         self._save_model()
         if log is not None:
             log.close()
-            curves = draw_curves(self.output_dir, f"{config.objective} · {Path(config.model).name}")
-            checkpoint.mark_finished(self.output_dir)
-            accelerator.print(f"model in {self.output_dir}, curves in {curves}")
+            checkpoint.mark_finished(self.output_dir)  # what follows, a finished run makes up for
+            if config.merge_adapter and not (self.output_dir / MERGED).exists():
+                policy = _finished_adapter(config) if self.sharded else self.policy
+                _save_merged(policy, self.tokenizer, self.output_dir)
+            accelerator.print(f"model in {self.output_dir}, curves in {_draw_curves(config)}")
         accelerator.wait_for_everyone()
 
     def _train_step(self, batch: list[int]) -> torch.Tensor:
@@ -469,6 +469,17 @@ class Loop:
         accelerator = self.accelerator
         final = checkpoint.checkpoint_path(self.output_dir, self.step)
         partial = final.with_name(final.name + TEMPORARY)
+        try:
+            self._write_checkpoint(partial)
+        except (OSError, RuntimeError) as error:  # torch.save says RuntimeError of a full disk
+            shutil.rmtree(partial, ignore_errors=True)
+            raise RuntimeError(f"{final} could not be written, and is not there: {error}") from error
+        if accelerator.is_main_process:
+            checkpoint.publish(partial, final)
+            checkpoint.prune(self.output_dir, self.config.save_total_limit)
+
+    def _write_checkpoint(self, partial: Path) -> None:
+        accelerator = self.accelerator
         if accelerator.is_main_process:
             partial.mkdir()
         accelerator.wait_for_everyone()
@@ -488,9 +499,6 @@ class Loop:
             }
             torch.save(state, partial / "training.pt")
         accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            checkpoint.publish(partial, final)
-            checkpoint.prune(self.output_dir, self.config.save_total_limit)
 
     def _restore(self, folder: Path) -> None:
         """All but the weights, which the policy was loaded with."""
@@ -540,9 +548,10 @@ class Loop:
                 shutil.rmtree(final)
             checkpoint.publish(path, final)
         partial.rmdir()
-        if self.config.merge_adapter and not (self.output_dir / MERGED).exists():
-            policy = _finished_adapter(self.config) if self.sharded else self.policy
-            _save_merged(policy, self.tokenizer, self.output_dir)
+
+
+def _draw_curves(config: TrainConfig) -> Path:
+    return draw_curves(Path(config.output_dir), f"{config.objective} · {Path(config.model).name}")
 
 
 def _save_merged(policy: Any, tokenizer: Any, output_dir: Path) -> None:
@@ -602,9 +611,9 @@ def _identity(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name not in ("bf16", "fp16")} | launched
 
 
-def _require_schedule(name: str) -> None:
-    """Raise ValueError for a schedule that does not exist or needs more than a warm-up and a length."""
-    optimizer = torch.optim.SGD([torch.zeros(1)])
+def _require_schedule(config: TrainConfig) -> None:
+    """Raise ValueError for a schedule that does not exist or needs more than a warm-up, a length and a rate."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate)
 
     def usable(name: str) -> bool:
         try:
@@ -612,13 +621,12 @@ def _require_schedule(name: str) -> None:
         except (TypeError, ValueError):
             return False
 
-    names = [kind.value for kind in SchedulerType]
+    name, names = config.lr_scheduler_type, [kind.value for kind in SchedulerType]
     if name not in names or not usable(name):
-        raise ValueError(f"lr_scheduler_type must be one of {', '.join(filter(usable, names))}; found {name!r}")
-
-
-def _frozen_source(config: TrainConfig, name: str) -> str:
-    return getattr(config, f"{name}_model") or config.model
+        raise ValueError(
+            f"lr_scheduler_type must, at learning_rate {config.learning_rate:g}, be one of "
+            f"{', '.join(filter(usable, names))}; found {name!r}"
+        )
 
 
 def _weak_tokenizer(config: TrainConfig, tokenizer: Any) -> Any | None:
@@ -700,7 +708,7 @@ def _build_policy(config: TrainConfig, resumed: Path | None) -> Any:
         # would differ in the last bit. Copies are aligned, and keep the file from being needed.
         parameter.data = parameter.data.clone()
     if config.disable_dropout:
-        _disable_dropout(model)
+        disable_dropout(model)
     if config.gradient_checkpointing:
         # transformers 5.23 renames the method.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -744,7 +752,9 @@ def _require_adapters(config: TrainConfig) -> None:
     from peft import PeftConfig, get_peft_model
 
     trust = config.trust_remote_code
-    model_config = AutoConfig.from_pretrained(_base(config), trust_remote_code=trust)
+    base = _base(config)
+    with explained(base):
+        model_config = AutoConfig.from_pretrained(base, trust_remote_code=trust)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust)
     if is_adapter(config.model):
@@ -783,20 +793,6 @@ def _load_adapter(model: nn.Module, folder: Path | str) -> Any:
     from peft import PeftModel
 
     return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
-
-
-def _disable_dropout(model: Any) -> None:
-    """Of dropout modules, and of those that drop values or layers by a number, their own or their config's."""
-    saved = copy.deepcopy(model.config)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for holder in (module, getattr(module, "config", None)):
-            attributes = getattr(holder, "__dict__", {})
-            attributes |= {
-                name: 0.0 for name, value in attributes.items() if "drop" in name and isinstance(value, float)
-            }
-    model.config = saved  # the finished model's is that of the model it began as
 
 
 def _build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import tiny
 import torch
 from conftest import DEVICE
+from tokenizers import processors
 
 from prefopt_fast.batch import (
     IGNORE_INDEX,
@@ -152,6 +154,16 @@ def test_an_implicit_text_prompt_is_the_common_beginning(chosen: str, rejected: 
             "row 7, chosen: expected text or a list of messages, found 3",
         ),
         ({**PAIR, "tools": "[{"}, "row 7, tools: expected a list, or one as JSON text; Expecting"),
+        ({**PAIR, "tools": '{"name": "f"}'}, "row 7, tools: expected a list, or one as JSON text; found"),
+        ({**PAIR, "chat_template_kwargs": {"tokenize": True}}, "row 7, .*: tokenize are not the data's to set"),
+        (
+            {"prompt": [USER], "chosen": [ANSWER | {"content": datetime(2024, 1, 1)}], "rejected": [WORSE]},
+            r"row 7, chosen: a message's content must be text .* found datetime.* \(a column of JSON in which every",
+        ),
+        (
+            {"system": 3, "conversations": [{"from": "human", "value": "v"}], "chosen": "c", "rejected": "r"},
+            "row 7, system: a message's content must be text or a list of parts, found 3",
+        ),
         (
             {**PAIR, "chat_template_kwargs": "thinking"},
             "row 7, chat_template_kwargs: expected a dictionary, found 'thinking'",
@@ -189,6 +201,11 @@ def test_text_ends_in_one_eos(tokenizer: Any) -> None:
     rows = [{"prompt": "w1 ", "chosen": "w2 ", "rejected": "w3 <eos>"}]
     encoded, _ = encode_rows(rows, tokenizer)
     assert [words(tokenizer, encoded[0][f"{name}_ids"]) for name in ("chosen", "rejected")] == ["w2 <eos>", "w3 <eos>"]
+    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in ("<bos>", "<eos>")}
+    template = processors.TemplateProcessing("<bos> $A <eos>", special_tokens=list(ids.items()))
+    tokenizer.backend_tokenizer.post_processor = template  # Llama's add_eos_token
+    again, report = encode_rows(rows, tokenizer)
+    assert again[0] == encoded[0] | {"prompt_ids": [ids["<bos>"], *encoded[0]["prompt_ids"]]} and not report.diverged
 
 
 def test_many_rows_keep_their_order(tokenizer: Any) -> None:
@@ -339,6 +356,9 @@ def test_templates_and_special_tokens_that_are_missing(tokenizer: Any) -> None:
     row = {"prompt": [USER | {"role": "refused"}], "chosen": [ANSWER], "rejected": [WORSE]}
     with pytest.raises(ValueError, match="row 0: the chat template does not take these messages: no such role"):
         encode_rows([row], tokenizer)
+    row["prompt"] = [{"role": "user", "content": [{"type": "text", "text": "w1"}]}]
+    with pytest.raises(ValueError, match="row 0: the chat template does not take these messages: can only concatenate"):
+        encode_rows([row], tokenizer)
     tokenizer.chat_template = tokenizer.eos_token = None
     with pytest.raises(ValueError, match="row 0 holds messages, and the tokenizer has no chat template"):
         encode_rows([row], tokenizer)
@@ -360,6 +380,8 @@ def test_collate_shifts_targets_and_packs_positions() -> None:
     assert batch.cu_seqlens.tolist() == [0, 3, 4, 5, 7]
     assert batch.rows.tolist() == [4, 9] and batch.responses == ("chosen", "rejected")
     assert collate(rows, ("chosen",)).input_ids.shape == (2, 5)
+    formatted = collate(list(datasets.Dataset.from_list(rows).with_format("torch")), pad_token_id=99)
+    assert torch.equal(formatted.input_ids, batch.input_ids) and torch.equal(formatted.targets, batch.targets)
 
 
 def test_collate_refuses_empty_responses_and_batches() -> None:
@@ -409,6 +431,13 @@ def test_hub_ids_and_missing_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for missing in (str(tmp_path / "none"), "none.json", "./none", "a/b/c"):
         with pytest.raises(FileNotFoundError, match="does not exist"):
             load_preferences(missing)
+
+    def unreachable(*args: Any, **kwargs: Any) -> None:
+        raise ConnectionError("no connection")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(FileNotFoundError, match=r"nowhere is no file or folder here, .* no connection"):
+        load_preferences("nowhere")
     monkeypatch.undo()
     (tmp_path / "cut.jsonl").write_text(json.dumps(PAIR) + '\n{"prompt": ')
     with pytest.raises(ValueError, match=r"cut.jsonl cannot be read: JSON parse error: .* in row 1"):

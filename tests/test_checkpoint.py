@@ -85,7 +85,7 @@ def test_checkpoint_holds_no_code(inputs: dict[str, str], tmp_path: Path) -> Non
 
 def test_latest_checkpoint_is_by_number_and_ignores_unfinished(tmp_path: Path) -> None:
     assert checkpoint.latest_checkpoint(tmp_path) is None
-    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11.partial", "checkpoint-final"):
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11.prefopt-partial", "checkpoint-final"):
         (tmp_path / name).mkdir()
     assert checkpoint.latest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
 
@@ -94,7 +94,7 @@ def test_prune_keeps_the_last(tmp_path: Path) -> None:
     for step in (1, 2, 10):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "file").touch()
-    (tmp_path / "final.partial").mkdir()
+    (tmp_path / "final.prefopt-partial").mkdir()
     checkpoint.prune(tmp_path, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2"]
     checkpoint.prune(tmp_path, None)
@@ -142,7 +142,7 @@ def test_claim_refuses_a_folder_of_something_else(tmp_path: Path) -> None:
 
 
 def test_claim_after_a_kill_while_the_run_file_was_written(tmp_path: Path) -> None:
-    (tmp_path / "run.json.partial").write_text('{"ident')
+    (tmp_path / "run.json.prefopt-partial").write_text('{"ident')
     assert checkpoint.claim(tmp_path, {"seed": 1}) is False
     assert json.loads((tmp_path / "run.json").read_text())["identity"] == {"seed": 1}
 

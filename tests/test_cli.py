@@ -78,6 +78,7 @@ def test_both_spellings_and_switches() -> None:
         ("learning_rte: 1\n", r"config .*file.yaml has unknown options learning_rte \(did you mean learning_rate\?\)"),
         ("- 1\n", r"must be a mapping of options, found list"),
         ("a: [\n", r"is not YAML"),
+        ("max_steps: 3\nmax-steps: 1\n", r"has max_steps twice"),
     ],
 )
 def test_bad_file(tmp_path: Path, capsys: pytest.CaptureFixture, content: str, message: str) -> None:
@@ -85,6 +86,8 @@ def test_bad_file(tmp_path: Path, capsys: pytest.CaptureFixture, content: str, m
     file.write_text(content)
     assert main(["train", "--config", str(file)]) == 1
     assert_error(capsys, message)
+    assert main(["train", "--config", str(file), "--config", str(file)]) == 1
+    assert_error(capsys, "config must be one file, found ")
 
 
 def test_help_on_a_console_without_its_characters() -> None:
@@ -117,6 +120,7 @@ def test_missing_file(capsys: pytest.CaptureFixture) -> None:
 
 def test_wrong_flags(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "file.yaml").write_text("max_steps: many\n")
+    assert parse(TrainConfig, "train", [*REQUIRED, "--output-dir=~/out"]).output_dir == f"{Path.home()}/out"
     for arguments, message in (
         (["--learning-rte", "1"], r"unknown --learning-rte, 1 \(did you mean learning_rate\?\)"),
         (["--level", "word"], r"invalid choice: 'word'"),
@@ -138,6 +142,9 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     assert not output.exists()
     assert main([*arguments, "--gamma", "1"]) == 1
     assert_error(capsys, r"objective dpo makes no use of gamma")
+    (tmp_path / "file").touch()
+    assert main([*arguments, "--config", str(tmp_path / "file" / "x")]) == 1
+    assert_error(capsys, rf"{tmp_path}/file/x: Not a directory")
 
 
 def test_errors_from_elsewhere_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,9 +173,9 @@ def test_missing_extra_and_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: py
 
     monkeypatch.setitem(cli.COMMANDS, "train", needs_more)
     for module, message in (
-        ("peft", r"peft is not installed: pip install 'prefopt_fast\[train\]'"),
-        ("tensorboard", r"tensorboard is not installed: pip install 'prefopt_fast\[tensorboard\]'"),
-        ("pytest", r"pytest is not installed: pip install 'prefopt_fast\[bench\]'"),
+        ("peft", r"peft is not installed: in the checkout, pip install -c constraints.txt -e '.\[train\]'"),
+        ("tensorboard", r"tensorboard is not installed: .* -e '.\[tensorboard\]'"),
+        ("pytest", r"pytest is not installed: .* -e '.\[bench\]'"),
         ("torch.utils.nothing", r"torch.utils.nothing is not installed$"),
     ):
         assert main(["train", module]) == 1

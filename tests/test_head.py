@@ -91,16 +91,16 @@ def test_a_frozen_head_keeps_the_unscaled_gradient_alone():
     assert head.weight.grad is None
 
 
-def test_adapters_on_the_head_stay_trainable_over_a_frozen_one():
-    model = peft.get_peft_model(
-        make_causal_lm(40), peft.LoraConfig(target_modules=["lm_head"], init_lora_weights=False)
-    )
+@pytest.mark.parametrize("bias", [False, True])
+def test_adapters_on_the_head_stay_trainable_over_a_frozen_one(bias):
+    lora = peft.LoraConfig(target_modules=["lm_head"], init_lora_weights=False, lora_bias=bias)
+    model = peft.get_peft_model(make_causal_lm(40), lora)
     hidden, targets = torch.randn(5, 64), torch.randint(0, 40, (5,))
     pf.token_logprobs(hidden, pf.LMHead.from_model(model), targets).logprobs.sum().backward()
     ours = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     model.zero_grad()
     model.get_output_embeddings()(hidden).log_softmax(-1).gather(1, targets[:, None]).sum().backward()
-    assert len(ours) == 2
+    assert len(ours) == 2 + bias
     for name, p in model.named_parameters():
         if p.requires_grad:
             assert relative_error(ours[name], p.grad) < 1e-5

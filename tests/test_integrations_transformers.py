@@ -348,7 +348,7 @@ def test_two_processes_compute_what_one_does(
 def test_preferences_train_and_are_saved(inputs: dict[str, str], pairs: datasets.Dataset, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = get_peft_model(load_model(inputs["model"]), LoraConfig(r=4, target_modules="all-linear"))
-    own = add_ref_logps(pairs.remove_columns(["ref_chosen_logps", "ref_rejected_logps"]), model)
+    own = add_ref_logps(pairs, model)  # in place of what was there
     trainer = PreferenceTrainer(
         model,
         arguments(
@@ -476,6 +476,12 @@ def test_bad_options_are_named(
         build(pf.WSPOLoss(), sums)
     with pytest.raises(ValueError, match="about chosen and rejected responses, the data_collator has chosen"):
         build(pf.WPOLoss(), data_collator=PairCollator(0, ("chosen",)))
+    with pytest.raises(TypeError, match="data_collator must be a PairCollator, found function"):
+        build(pf.WPOLoss(), data_collator=lambda rows: rows)
+    rows = list(pairs.remove_columns("ref_chosen_logps"))
+    listed = PreferenceTrainer(model, arguments(tmp_path), train_dataset=rows, loss=pf.WPOLoss())
+    with pytest.raises(ValueError, match="the batch lacks ref_logps, from add_ref_logps or add_token_logps"):
+        listed.train()
     with pytest.raises(ValueError, match="name must be one of ref, weak_aligned, weak_ref; found 'weak'"):
         add_token_logps(pairs, model, "weak")
     with pytest.raises(ValueError, match=r"row 0: 2 log-probs of ref for \d+ response tokens"):

@@ -107,8 +107,6 @@ def test_a_family_that_fails_on_the_mask_is_not_packed() -> None:
 )
 def test_windows_in_the_mask_alone_are_not_packed(model_type: str, options: dict[str, Any], packs: bool) -> None:
     model = make_hybrid(model_type, **options)
-    if model_type == "llama4_text":
-        model.base_model_prefix = "model"  # the class names an attribute that it does not have
     windows = [vars(module).get("sliding_window") for module in model.modules()]
     assert verify_packing(model) is packs
     assert windows == [vars(module).get("sliding_window") for module in model.modules()]

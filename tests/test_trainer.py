@@ -579,6 +579,11 @@ def test_stores_are_reused_and_given(inputs: dict[str, str], tmp_path: Path, mon
     for line, other in zip(given, expected, strict=True):
         assert line == pytest.approx(other, rel=1e-5, abs=1e-6)
 
+    score = ["score", "--dataset", inputs["dataset"], "--responses", "chosen", "--model", inputs["third"]]
+    assert main([*score, "--out", str(tmp_path / "chosen")]) == 0
+    weak = {"weak_aligned_logprobs": str(tmp_path / "chosen"), "weak_ref_model": inputs["other"]}
+    with pytest.raises(ValueError, match="of the same responses, found ref_logprobs chosen, rejected; weak_aligned_"):
+        run(inputs, tmp_path / "x", objective="wspo", ref_logprobs=store, **weak)
     with pytest.raises(ValueError, match="was made from something else, it differs in data"):
         run(
             inputs | {"dataset": tiny.make_pairs(tmp_path / "other.json", 10, seed=5)},
@@ -715,6 +720,40 @@ def test_folders_of_the_finished_model_are_published_again(
     assert json.loads((tmp_path / "out" / "run.json").read_text())["finished"]
 
 
+def test_what_fails_after_training_is_made_up_for_without_it(
+    inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"max_steps": 1, "use_peft": True, "merge_adapter": True, "output": tmp_path / "out"}
+    drawn: list[Path] = []
+    for broken in ("_save_merged", "draw_curves"):
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer, broken, lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                run(inputs, **options)
+        monkeypatch.setattr(trainer.Loop, "_train_step", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(trainer, "draw_curves", lambda output_dir, title: drawn.append(output_dir))
+    run(inputs, **options)
+    assert (tmp_path / "out" / trainer.MERGED / "model.safetensors").is_file() and drawn == [tmp_path / "out"]
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_nothing(
+    inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    foreign = tmp_path / "out" / "thesis.partial"
+
+    def full(state: dict[str, Any], path: Path) -> None:
+        foreign.touch()
+        raise RuntimeError("unexpected pos 4608 vs 4502")  # what torch.save says of a full disk
+
+    monkeypatch.setattr(trainer.torch, "save", full)
+    with pytest.raises(RuntimeError, match=r"checkpoint-1 could not be written, and is not there: unexpected pos"):
+        run(inputs, tmp_path / "out", max_steps=2, save_steps=1)
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+    monkeypatch.undo()
+    run(inputs, tmp_path / "out", max_steps=2, save_steps=1)
+    assert foreign.is_file()  # nobody's business
+
+
 @pytest.mark.parametrize("adapters", [False, True])
 def test_what_text_does_not_go_through_stays(adapters: bool, tmp_path: Path) -> None:
     """Of a multimodal model; DistributedDataParallel would wait for its gradients."""
@@ -798,7 +837,8 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
     [
         ({"beta": 0.0}, ValueError, r"beta must be in \(0, inf\), found 0"),
         ({"objective": "robust", "label_smoothing": 0.6}, ValueError, r"label_smoothing must be in \[0, 0.5\)"),
-        ({"lr_scheduler_type": "steep"}, ValueError, "lr_scheduler_type must be one of linear, cosine, .*'steep'"),
+        ({"lr_scheduler_type": "steep"}, ValueError, "lr_scheduler_type must, .* one of linear, cosine, .*'steep'"),
+        ({"lr_scheduler_type": "polynomial", "learning_rate": 1e-8}, ValueError, "at learning_rate 1e-08, .*'poly"),
         ({"model": "no/such/folder"}, FileNotFoundError, "no/such/folder"),
         ({"ref_model": "no/such/folder"}, FileNotFoundError, "no/such/folder"),
         ({"dataset": "pairs.csv.json"}, FileNotFoundError, "pairs.csv.json"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib
 import json
 import os
@@ -515,6 +516,26 @@ def test_a_model_split_over_devices(
     if config is WSPOConfig:
         with pytest.raises(ValueError, match="weak_ref_model must be on one device"):
             trainer(inputs["model"], args=args, **given | {"weak_ref_model": split(inputs["weak"])})
+
+
+def test_copies_of_a_policy_are_their_own(inputs: dict[str, Any], tmp_path: Path) -> None:
+    """A snapshot, or an average of weights, computes with its own ones, not with those of the model in training."""
+    trainer = WPOTrainer(inputs["model"], args=WPOConfig(**options(tmp_path)), train_dataset=inputs["rows"])
+    snapshot, ids = copy.deepcopy(trainer.model), torch.arange(2, 9)[None]
+    before = trainer.model.eval()(ids).logits
+    trainer.train()
+    assert torch.equal(snapshot.eval()(ids).logits, before)
+    assert not torch.equal(trainer.model.eval()(ids).logits, before)
+
+
+def test_dropout_of_attention_is_off(inputs: dict[str, Any], tmp_path: Path) -> None:
+    """As a number, which DPOTrainer does not look for: a policy in its first step is its own reference."""
+    model = load_model(inputs["model"])
+    model.config.attention_dropout = 0.5
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    first, _ = run(WPOTrainer(model, args=WPOConfig(**options(tmp_path)), train_dataset=inputs["rows"]))
+    assert abs(first["rewards/chosen"]) < 1e-6 and model.config.attention_dropout == 0.5
 
 
 def test_bad_arguments(inputs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

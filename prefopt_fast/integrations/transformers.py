@@ -83,7 +83,7 @@ class FusedCausalLMLoss(contextlib.AbstractContextManager):
     smoothing, which a Trainer leaves to a ``compute_loss_func`` where it has one, excepted.
 
     While it is entered, ``model`` computes logits of each sequence's last position alone, and its hidden states are
-    kept until the loss has them.
+    kept until the loss has them: those of its last forward pass.
 
     Args:
         model: the causal LM that the Trainer is given, also with PEFT adapters.
@@ -165,7 +165,7 @@ class PairCollator:
             columns = [f"{name}_{response}_logps" for response in self.responses]
             if all(column in rows[0] for column in columns):
                 values = [row[column] for column in columns for row in rows]
-                by_token = isinstance(values[0], list)
+                by_token = isinstance(values[0], list) or getattr(values[0], "ndim", 0) == 1
                 sequences[f"{name}_logps"] = _by_token(values, batch, name) if by_token else torch.tensor(values)
         # Trainer and Accelerate slice and count batches by the first dimension: (R · B, …) as (B, R, …).
         grid = (len(self.responses), len(rows))
@@ -209,7 +209,7 @@ def add_ref_logps(
     scored = _score(encoded, model, RESPONSES, batch_size, pad_token_id, dtype)
     sums = [sequence_logprobs(stats, cu_seqlens).sum.view(2, -1).cpu() for stats, cu_seqlens in scored]
     for name, column in zip(RESPONSES, torch.cat(sums, 1).tolist(), strict=True):
-        encoded = encoded.add_column(f"ref_{name}_logps", column)
+        encoded = _without(encoded, f"ref_{name}_logps").add_column(f"ref_{name}_logps", column)
     return encoded
 
 
@@ -237,7 +237,13 @@ def add_token_logps(
     rows: list[list[float]] = []
     for stats, cu_seqlens in _score(encoded, model, RESPONSES[:1], batch_size, pad_token_id, dtype):
         rows += [part.tolist() for part in stats.logprobs.cpu().split(cu_seqlens.diff().tolist())]
-    return encoded.add_column(f"{name}_chosen_logps", rows, feature=datasets.List(datasets.Value("float32")))
+    column = f"{name}_chosen_logps"
+    return _without(encoded, column).add_column(column, rows, feature=datasets.List(datasets.Value("float32")))
+
+
+def _without(encoded: datasets.Dataset, column: str) -> datasets.Dataset:
+    """So that data can be scored again, by the policy of a next round."""
+    return encoded.remove_columns(column) if column in encoded.column_names else encoded
 
 
 @torch.no_grad()
@@ -282,6 +288,8 @@ class PreferenceTrainer(transformers.Trainer):
     loss_is_scaled_for_ga = True
 
     def __init__(self, *args: Any, loss: nn.Module, **kwargs: Any):
+        if not isinstance(collator := kwargs.get("data_collator"), PairCollator | None):
+            raise TypeError(f"data_collator must be a PairCollator, found {type(collator).__name__}")
         super().__init__(*args, **kwargs)
         self.loss: Any = loss
         self._sums = {"train": Sums(), "eval": Sums()}
@@ -367,7 +375,9 @@ class PreferenceTrainer(transformers.Trainer):
         # (B, R, …) as (R · B, …)
         responses = {name: value.transpose(0, 1).flatten(0, 1) for name, value in inputs.items() if value.dim() > 1}
         sequences = {name: responses[name] for name in ("input_ids", "attention_mask")}
-        frozen = {f"{name}_logps": responses[f"{name}_logps"] for name in self.loss.objective.frozen}
+        columns = [f"{name}_logps" for name in self.loss.objective.frozen]
+        if missing := [name for name in columns if name not in inputs]:  # of data that does not know its columns
+            raise ValueError(f"the batch lacks {', '.join(missing)}, from add_ref_logps or add_token_logps")
         targets, pairs = responses["targets"], len(inputs["input_ids"])
         if self._packs:  # no padding, and prompts once
             packing = pack(sequences["input_ids"], sequences["attention_mask"], pairs)
@@ -376,7 +386,13 @@ class PreferenceTrainer(transformers.Trainer):
             hidden = _last_hidden_states(model, sequences)
         weights = inputs.get("sample_weight")
         with self.accelerator.autocast():
-            loss, metrics = self.loss(hidden, LMHead.from_model(model), targets, **frozen, sample_weight=weights)
+            loss, metrics = self.loss(
+                hidden,
+                LMHead.from_model(model),
+                targets,
+                **{name: responses[name] for name in columns},
+                sample_weight=weights,
+            )
         self._sums["train" if model.training else "eval"].add({**metrics, "pairs": torch.tensor(float(pairs))})
         if num_items_in_batch is not None:
             # DistributedDataParallel averages over processes.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import sys
 import types
 from collections.abc import Callable
@@ -47,6 +48,7 @@ from ..losses import hyperparameter_names, loss_mixture, reference_free
 from ..objectives import Objective, pair_objective, wspo_objective
 from ..policy import (
     check_tokens,
+    disable_dropout,
     evaluation,
     find_backbone,
     hidden_states,
@@ -327,6 +329,8 @@ class _Trainer(DPOTrainer):
         args = self._resolve_args(model, args)
         self._objective = args.objective()
         super().__init__(model, ref_model, args, **kwargs)
+        if args.disable_dropout:  # which DPOTrainer does of modules alone, and attention's is a number
+            disable_dropout(self.model)
         self._fuse_heads()
 
     def _fuse_heads(self) -> None:
@@ -450,11 +454,12 @@ def _add_fast_head(model: Any, stats: tuple[str, ...], args: _Config, sides: int
     returned gives the model its own forward back.
     """
     model = model.get_base_model() if is_peft_model(model) else model
-    forward = model.forward
-    patched = "forward" in vars(model)
+    _remove_trls_head(model)
+    patched = vars(model).get("forward")
 
     @functools.wraps(type(model).forward)  # generate() reads the signature
     def fast_forward(self: Any, *inputs: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+        forward = functools.partial(type(self).forward, self) if patched is None else patched
         if not fused_lm_head:
             return forward(*inputs, **kwargs)
         labels = kwargs.pop("labels")[:, 1:]
@@ -487,13 +492,25 @@ def _add_fast_head(model: Any, stats: tuple[str, ...], args: _Config, sides: int
         return _HeadOutput(label_mask=mask, aux_loss=aux_loss, **padded)
 
     def undo() -> None:
-        if patched:
-            model.forward = forward
-        else:
+        if patched is None:
             del model.forward
+        else:
+            model.forward = patched
 
     model.forward = types.MethodType(fast_forward, model)
     return undo
+
+
+def _remove_trls_head(model: Any) -> None:
+    """Which calls the forward of this very model, also where it is a copy's: a snapshot would follow the training."""
+    function = getattr(vars(model).get("forward"), "__func__", None)
+    if function is None or function.__code__.co_filename != trl.trainer.utils.__file__:
+        return
+    original = inspect.getclosurevars(function).nonlocals["original_forward"]
+    if getattr(original, "__func__", None) is type(model).forward:
+        del model.forward
+    else:
+        model.forward = original
 
 
 class WPOTrainer(_Trainer):
