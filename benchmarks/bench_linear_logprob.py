@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import os
 import statistics
@@ -163,8 +164,13 @@ def peak_memories(names: list[str], problem: Problem, train_head: bool = True) -
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "problem.pt"
         torch.save(problem.detached(), file)
-        with ProcessPoolExecutor(1, get_context("spawn")) as process:
-            return process.submit(_peaks_of_file, names, file, train_head, torch.get_num_threads()).result()
+        return _other_process().submit(_peaks_of_file, names, file, train_head, torch.get_num_threads()).result()
+
+
+@functools.cache
+def _other_process() -> ProcessPoolExecutor:
+    """One for all: importing the peers takes longer than measuring small problems."""
+    return ProcessPoolExecutor(1, get_context("spawn"))
 
 
 def _peaks_of_file(names: list[str], file: Path, train_head: bool, threads: int) -> dict[str, int | None]:

@@ -14,7 +14,7 @@ from prefopt_fast.integrations.trl import WPOConfig, WPOTrainer
 
 @dataclass
 class ScriptArguments:
-    """model: folder or hub id. dataset: preference pairs, as ``prefopt-fast train`` reads them."""
+    """model: folder or hub id. dataset: preference pairs, as ``prefopt-fast train`` reads them, without tools."""
 
     model: str
     dataset: str

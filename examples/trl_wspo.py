@@ -17,7 +17,8 @@ from prefopt_fast.integrations.trl import WSPOConfig, WSPOTrainer
 
 @dataclass
 class ScriptArguments:
-    """Models: folders or hub ids of one vocabulary. dataset: preference pairs, as ``prefopt-fast train`` reads them."""
+    """Models: folders or hub ids of one vocabulary. dataset: preference pairs, as ``prefopt-fast train`` reads them,
+    without tools."""
 
     model: str
     weak_aligned_model: str

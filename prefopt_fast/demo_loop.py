@@ -91,17 +91,12 @@ class PairData:
         return Batch(*map(torch.cat, both)), self.ref_chosen[rows], self.ref_rejected[rows]
 
 
-def chosen_and_rejected(stats: pf.TokenStats) -> tuple[pf.SequenceLogprobs, pf.SequenceLogprobs]:
-    chosen, rejected = zip(*(values.chunk(2) for values in pf.sequence_logprobs(stats)), strict=True)
-    return pf.SequenceLogprobs(*chosen), pf.SequenceLogprobs(*rejected)
-
-
 def dpo_objective(data: PairData, beta: float, nll: float = 0.0) -> Objective:
     """DPO, plus ``nll`` times the mean negative log-prob of the chosen response's tokens."""
 
     def objective(model: LlamaForCausalLM, rows: slice) -> Tensor:
         batch, ref_chosen, ref_rejected = data.rows(rows)
-        chosen, rejected = chosen_and_rejected(response_stats(model, batch))
+        chosen, rejected = pf.sequence_logprobs(response_stats(model, batch)).chunk(2)
         return pf.preference_loss(chosen, rejected, ref_chosen, ref_rejected, beta=beta) - nll * chosen.mean
 
     return objective
@@ -113,7 +108,7 @@ def wpo_objective(data: PairData, beta: float, alignment: str, weights: list[Ten
     def objective(model: LlamaForCausalLM, rows: slice) -> Tensor:
         batch, ref_chosen, ref_rejected = data.rows(rows)
         stats = response_stats(model, batch, WEIGHT_STATS)
-        chosen, rejected = chosen_and_rejected(stats)
+        chosen, rejected = pf.sequence_logprobs(stats).chunk(2)
         chosen_weight, rejected_weight = pf.wpo_weights(stats, alignment).chunk(2)
         weights.append(wpo_pair_weight(chosen_weight, rejected_weight))
         return pf.wpo_loss(chosen, rejected, ref_chosen, ref_rejected, chosen_weight, rejected_weight, beta=beta)

@@ -202,7 +202,7 @@ def position_limit(model: nn.Module) -> int | None:
     return None
 
 
-def require_fit(model: nn.Module, encoded: datasets.Dataset) -> None:
+def require_fit(model: Any, encoded: datasets.Dataset) -> None:
     """Raise ValueError where rows of :func:`prefopt_fast.batch.encode` are longer than the model has positions for, or
     have tokens that it has no embedding for.
 

@@ -82,10 +82,10 @@ def _fused(
     cu_seqlens: Tensor | None,  # (B + 1,)
 ) -> tuple[Tensor, ...] | None:
     """Sums, means, lengths and WPO weights in one launch; None where Triton does not compute them."""
-    _check_layout(stats.logprobs, cu_seqlens)
     asked = stats.backend in ("auto", "triton") and stats.logprobs.dtype == torch.float32
     if not asked or resolve_backend("auto", stats.logprobs.device) != "triton":  # which they may have left since
         return None
+    _check_layout(stats.logprobs, cu_seqlens)
     from .kernels.sequence_statistics import sequence_statistics
 
     found = sequence_statistics(stats.logprobs, stats.mask, alignment, cu_seqlens)

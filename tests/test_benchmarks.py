@@ -154,7 +154,7 @@ def test_drift_of_a_small_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     monkeypatch.setattr(drift, "VARIANTS", drift.VARIANTS[:2])
-    flags = ["--data", str(data), "--steps", "3", "--seeds", "2", "--output", str(tmp_path)]
+    flags = ["--data", str(data), "--steps", "1", "--seeds", "2", "--output", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["drift.py", "small", *flags])
     drift.main()
     found = json.loads((tmp_path / "drift.json").read_text())["small"]

@@ -91,9 +91,8 @@ def test_bad_file(tmp_path: Path, capsys: pytest.CaptureFixture, content: str, m
 
 
 def test_help_on_a_console_without_its_characters() -> None:
-    for encoding in ("ascii", "cp1252"):
-        command = [sys.executable, "-m", "prefopt_fast", "train", "--help"]
-        subprocess.run(command, env=os.environ | {"PYTHONIOENCODING": encoding}, capture_output=True, check=True)
+    command = [sys.executable, "-m", "prefopt_fast", "train", "--help"]
+    subprocess.run(command, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, check=True)
 
 
 def test_a_launcher_without_an_accelerator(

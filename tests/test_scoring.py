@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, TimeoutError
 from dataclasses import replace
 from pathlib import Path
@@ -96,20 +95,6 @@ def test_batches_are_of_like_length_the_longest_first(inputs: dict) -> None:
     assert longest == sorted(longest, reverse=True)
 
 
-def kill_on_call(owner: Any, name: str, countdown: int) -> None:
-    """The ``countdown``-th call of a function ends this process as kill -9 does."""
-    function: Callable = getattr(owner, name)
-
-    def killing(*args: Any, **kwargs: Any) -> Any:
-        nonlocal countdown
-        countdown -= 1
-        if countdown == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **kwargs)
-
-    setattr(owner, name, killing)
-
-
 # An atomic write calls fsync on the file, renames it, and calls fsync on the folder; the first write is the plan.
 KILLS = {
     "before the plan's rename": [(os, "fsync", 1)],
@@ -134,7 +119,8 @@ def interrupted_runs(inputs: dict[str, str], folder: Path) -> None:
             try:
                 arguments = prepare(inputs)
                 if kill is not None:
-                    kill_on_call(*kill)
+                    owner, name, countdown = kill
+                    setattr(owner, name, tiny.killing(getattr(owner, name), countdown))
                 score(**arguments, out=out)
                 status = 0
             finally:

@@ -163,11 +163,11 @@ def train_in_child(options: dict[str, Any], kill_at: tuple[str, int] | None = No
     if kill_at is not None:
         place, countdown = kill_at
         owner, name = places[place]
-        setattr(owner, name, _killing(getattr(owner, name), countdown))
+        setattr(owner, name, killing(getattr(owner, name), countdown))
     trainer.train(TrainConfig(**options))
 
 
-def _killing(function: Callable, countdown: int) -> Callable:
+def killing(function: Callable, countdown: int) -> Callable:
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         nonlocal countdown
         countdown -= 1
