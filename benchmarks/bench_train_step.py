@@ -44,16 +44,17 @@ TRAINERS = {
     "ours-in-trl": "WPOTrainer",
     "trl-fast": "TRL DPOTrainer, use_fast_logprobs",
     "trl": "TRL DPOTrainer",
-    "authors": "WPO's authors'",
+    "authors": "the authors' step",
     "wspo-ours": "prefopt_fast train",
     "wspo-ours-in-trl": "WSPOTrainer",
-    "wspo-authors-chosen": "WSPO's authors', without the rejected responses",
-    "wspo-authors": "WSPO's authors'",
+    "wspo-authors-chosen": "the authors' step, chosen responses alone",
+    "wspo-authors": "the authors' step",
     "trl-precomputed": "TRL DPOTrainer, precompute_ref_log_probs",
     "trl-defaults": "TRL DPOTrainer, its defaults (bf16, gradient checkpointing)",
 }
 ON_REQUEST = ("trl-precomputed", "trl-defaults")
-BASELINES = {"WPO": "trl", "WSPO": "wspo-authors"}  # what the others' tokens/s and memory are compared with
+# What the others' tokens/s and memory are compared with.
+BASELINES = {"WPO": ("trl", "TRL's"), "WSPO": ("wspo-authors", "the authors'")}
 WEAK = ("weak_aligned", "weak_ref")
 
 SHORT = {"rounds": 1, "steps": 1, "batch_size": 1, "max_length": 32}
@@ -420,15 +421,14 @@ def markdown(results: Mapping[str, Any]) -> str:
             f"{tokens['packed']:,} are computed where padding is left out and prompts are shared."
         )
     rows = [Result(**row) for row in results["trainers"]]
-    for objective, baseline in BASELINES.items():
+    for objective, (baseline, whose) in BASELINES.items():
         own = [row for row in rows if row.name.startswith("wspo") == (objective == "WSPO")]
         compared = next((row for row in own if row.name == baseline and not row.absent), None)
         if own:
-            times = f"times {TRAINERS[baseline]}'s"
             lines += [
                 "",
-                f"| {objective} | seconds per step | tokens/s in the steps | {times} | the whole command | "
-                f"tokens/s over it | mean loss | peak RSS | memory above model and optimizer | {times} |",
+                f"| {objective} | seconds per step | tokens/s in the steps | times {whose} | the whole command | "
+                f"tokens/s over it | mean loss | peak RSS | memory above model and optimizer | times {whose} |",
                 "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
                 *(_line(row, compared) for row in own),
             ]
