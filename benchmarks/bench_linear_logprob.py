@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -156,15 +157,19 @@ def time_once(peer: Peer, problem: Problem) -> tuple[float, float, float]:
 def peak_memories(names: list[str], problem: Problem, train_head: bool = True) -> dict[str, int | None]:
     """:func:`peak_memory` of the peers of these names in peers.py, each after one step that is not measured.
 
-    On a CPU in a process of their own, whose malloc never kept anything back: what earlier work had freed without
-    returning it to the system would hide some of what they need, or seem to be theirs.
+    On a CPU in a process of their own, whose malloc keeps nothing back: what earlier work had freed without returning
+    it to the system would hide some of what they need, or seem to be theirs.
     """
     if problem.device.type == "cuda":
         return _measure_peaks(names, problem)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "problem.pt"
         torch.save(problem.detached(), file)
-        return _other_process().submit(_peaks_of_file, names, file, train_head, torch.get_num_threads()).result()
+        try:
+            return _other_process().submit(_peaks_of_file, names, file, train_head, torch.get_num_threads()).result()
+        except BrokenProcessPool:  # killed for its memory, maybe
+            _other_process.cache_clear()
+            raise
 
 
 @functools.cache

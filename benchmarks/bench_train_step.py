@@ -436,7 +436,7 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def _line(row: Result, compared: Result | None) -> str:
-    label = TRAINERS[row.name]
+    label = TRAINERS.get(row.name, row.name)
     if row.absent:
         return f"| {label} | absent: {row.absent} | | | | | | | | |"
     speed = f"{row.tokens_per_second / compared.tokens_per_second:.2f}" if compared else ""

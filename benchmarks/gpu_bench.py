@@ -43,12 +43,6 @@ from torch.autograd import DeviceType
 import prefopt_fast as pf
 
 ROOT = Path(__file__).parents[1]
-SHAPES = {  # name: (V, H), by falling importance
-    "Llama-3 8B": (128_256, 4096),
-    "Qwen2.5 7B": (151_936, 3584),
-    "Gemma-2 2B": (256_000, 2304),
-    "Qwen2.5 0.5B": (151_936, 896),
-}
 TOKENS = (8192, 2048, 32_768, 4096, 16_384, 65_536)  # by falling importance
 QUICK_SHAPES = {"tiny": (256, 32), "wide": (512, 16)}
 QUICK_TOKENS = (64, 32)
@@ -84,7 +78,7 @@ class Bench:
         self.seconds = 60 * minutes
         # The torch path stands in for the kernels on a CPU, unless Triton interprets them.
         self.backend = "triton" if device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1" else "torch"
-        self.shapes = QUICK_SHAPES if quick else SHAPES
+        self.shapes = QUICK_SHAPES if quick else inputs.GPU_MODELS
         self.tokens = QUICK_TOKENS if quick else TOKENS
         self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
         self.flush = torch.empty(FLUSH_BYTES if device == "cuda" else 1, dtype=torch.int8, device=device)
@@ -210,7 +204,8 @@ class Bench:
             launches = []
             for name, config in gpu_tune.TRIALS:
                 using = partial(gpu_tune.using, name, config, device, self.dtype, self.shapes[shape][1])
-                record = {"mode": mode, "kernel": name, "config": config._asdict(), "ms": [], "over_shipped": []}
+                record = {"mode": mode, "kernel": name, "ms": [], "over_shipped": []}
+                record["config"] = config if isinstance(config, int) else config._asdict()
                 self.results["trials"].append(record)
                 record |= self.attempt(partial(self.first_trial, using, timed))
                 if "absent" not in record:

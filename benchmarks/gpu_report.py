@@ -28,6 +28,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import inputs
 import prefopt_fast.kernels
 import triton
 from triton.backends.compiler import GPUTarget
@@ -92,12 +93,6 @@ ARCHITECTURES = {
 # The shared-memory limits above are the CUDA programming guide's table of technical specifications per compute
 # capability (163, 99, 227, 227 KiB) and the CDNA 3 ISA's local data share (64 KiB).
 
-SHAPES = {  # name: (V, H)
-    "Llama-3 8B": (128_256, 4096),
-    "Qwen2.5 0.5B": (151_936, 896),
-    "Qwen2.5 7B": (151_936, 3584),
-    "Gemma-2 2B": (256_000, 2304),
-}
 ROOFLINE_TOKENS = 8192
 
 
@@ -304,7 +299,7 @@ def roofline() -> list[dict[str, Any]]:
     multiprocessor on all of these; where nothing overlaps them with the product, they add to it.
     """
     rows = []
-    for shape, (vocab, hidden) in SHAPES.items():
+    for shape, (vocab, hidden) in inputs.GPU_MODELS.items():
         for arch, architecture in ARCHITECTURES.items():
             product = 2 * ROOFLINE_TOKENS * vocab * hidden / (architecture.tflops * 1e9)
             memory = 2 * (ROOFLINE_TOKENS + vocab) * hidden / (architecture.bandwidth * 1e9)

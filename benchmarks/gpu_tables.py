@@ -155,14 +155,16 @@ def _trial_lines(results: Results) -> Iterator[str]:
         yield "The whole step over that of the shipped configuration in the same round: medians and quartiles."
         yield from ("", "| head | kernel | configuration | ms | over shipped | quartiles |", "| --- |" + " --- |" * 5)
     for trial in results.get("trials", ()):
-        sizes = [str(trial["config"][f"block_{letter}"]) for letter in "nvh"]
-        config = f"{' x '.join(sizes)}, {trial['config']['num_warps']} warps, {trial['config']['num_stages']} stages"
+        config = trial["config"]
+        if isinstance(config, dict):
+            sizes = " x ".join(str(config[f"block_{letter}"]) for letter in "nvh")
+            config = f"{sizes}, {config['num_warps']} warps, {config['num_stages']} stages"
         if "absent" in trial or not trial["ms"]:
             cells = [_cell(trial.get("absent", "cut off")), "", ""]
         else:
             medians = statistics.median(trial["ms"]), statistics.median(trial["over_shipped"])
             cells = [f"{medians[0]:.2f}", f"{medians[1]:.3f}", _quartiles(trial["over_shipped"])]
-        yield "| " + " | ".join([trial["mode"], trial["kernel"], config, *cells]) + " |"
+        yield "| " + " | ".join([trial["mode"], trial["kernel"], str(config), *cells]) + " |"
 
 
 def _quartiles(values: list[float]) -> str:

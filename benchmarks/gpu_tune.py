@@ -20,7 +20,7 @@ import gpu_checks
 import inputs
 import torch
 from inputs import Problem
-from prefopt_fast.kernels import configs, sampled_grad
+from prefopt_fast.kernels import configs, linear_logprob, sampled_grad
 
 import prefopt_fast as pf
 
@@ -56,7 +56,10 @@ KERNELS = {
 }
 
 
-TRIALS = (  # of the sampled kernels, for an H100: what may beat what is shipped
+# For an H100, what may beat what is shipped: configurations of kernels, and constants of sampled_grad.py.
+TRIALS: tuple[tuple[str, configs.Config | int], ...] = (
+    ("BLOCKS_PER_CHUNK", 1),
+    ("SEED_SHARE", 64),
     ("sampled_dhidden", configs.Config(256, 64, 128, num_warps=8, num_stages=5)),
     ("sampled_dhidden", configs.Config(128, 64, 128, num_warps=4, num_stages=5)),
     ("sampled_grad_logits", configs.Config(256, 128, 64, num_warps=8, num_stages=4)),
@@ -65,9 +68,20 @@ TRIALS = (  # of the sampled kernels, for an H100: what may beat what is shipped
 
 @contextlib.contextmanager
 def using(
-    name: str, config: configs.Config, device: torch.device, dtype: torch.dtype, hidden_size: int
+    name: str, config: configs.Config | int, device: torch.device, dtype: torch.dtype, hidden_size: int
 ) -> Iterator[None]:
-    """Here a kernel is launched as ``config`` says; raises ValueError where its layout would not be the others'."""
+    """Here a kernel is launched as ``config`` says, or the constant of that name has another value.
+
+    Raises:
+        ValueError: a configuration whose layout would not be the other kernels'.
+    """
+    if isinstance(config, int):
+        with contextlib.ExitStack() as patches:
+            for module in (sampled_grad, linear_logprob):
+                if hasattr(module, name):
+                    patches.enter_context(mock.patch.object(module, name, config))
+            yield
+        return
     arch = configs.architecture(device)
     if not fits(name, config, arch, dtype, hidden_size):
         raise ValueError("does not fit the other kernels' layout")

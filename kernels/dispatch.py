@@ -21,7 +21,7 @@ class Options(NamedTuple):
 
     grad_tolerance: tuple[float, float] = (0.0, 0.0)  # of dhidden, of dweight; 0 is exact
     ignore_index: int = -100
-    seed: int | Tensor = 0  # a Tensor, () int64 on the CPU, where each call of a compiled function draws another
+    seed: int | Tensor = 0  # a Tensor, () on the CPU, where it was drawn: compiled functions draw anew in each call
 
 
 @dataclass(frozen=True)

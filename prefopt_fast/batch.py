@@ -204,8 +204,8 @@ def _message(message: Mapping[str, Any], where: str) -> Message:
 
 
 def _with_text(message: Message, where: str) -> Message:
-    """The message, whose content is text, a list of parts, or missing as beside tool calls."""
-    if not isinstance(message.get("content"), str | list | None):
+    """The message, whose content is text, a list of parts, a tool's result, or missing as beside tool calls."""
+    if not isinstance(message.get("content"), str | list | Mapping | None):
         raise ValueError(
             f"{where}: a message's content must be text or a list of parts, found {_seen(message['content'])}"
         )
@@ -511,8 +511,9 @@ def _tokenize(
     Rows of text get the special tokens that the tokenizer adds at their beginning; their EOS is in the text.
     """
     tokenized = []
-    added = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
-    at_end = next((i for i, special in enumerate(reversed(added)) if not special), 0)
+    probe, whole = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (False, True))
+    starts = [i for i in range(len(whole)) if probe and whole[i : i + len(probe)] == probe]
+    at_end = len(whole) - starts[0] - len(probe) if starts else 0
     for templated, run in groupby(rendered, key=lambda item: item[0]):
         rows = [texts for _, texts in run]
         flat = [text for texts in rows for text in texts]

@@ -66,11 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         extra = next((name for name, modules in _EXTRAS.items() if (error.name or "").split(".")[0] in modules), None)
         how = "" if extra is None else f": in the checkout, pip install -c constraints.txt -e '.[{extra}]'"
         return _fail(f"{error.name or error} is not installed{how}", 1)
-    except OSError as error:
-        if not error.filename:  # what this package raises itself
-            return _fail(str(error), 1)
-        return _fail(f"{error.filename}: {error.strerror}", 1)
     except Exception as error:
+        if isinstance(error, OSError) and error.filename and error.strerror:  # the system's
+            return _fail(f"{error.filename}: {error.strerror}", 1)
         if not _raised_here(error):
             raise
         return _fail(str(error), 1)

@@ -97,7 +97,8 @@ class LMHead:
         A head that tensor parallelism shards by vocabulary, over the mesh dimension "tp", stays sharded; one that
         bitsandbytes holds in 4 bits is dequantized for the call.
 
-        Rows that only pad the vocabulary, as Inkling's configs say, are left out.
+        Rows that only pad the vocabulary, as Inkling's configs say, are left out. What a family does to its logits
+        beyond what its config says, this cannot see: :func:`prefopt_fast.policy.verify_head` can.
 
         Raises:
             ValueError: the model is an encoder-decoder, or has no output embedding, or one that is quantized in another
@@ -173,7 +174,7 @@ def _effective_weight(layer: Any) -> tuple[Tensor, Tensor | None]:
                     )
                 if name in layer.lora_A:
                     weight = weight + layer.get_delta_weight(name).to(weight.dtype)
-                    if (delta := layer.lora_B[name].bias) is not None:
+                    if (delta := getattr(layer.lora_B[name], "bias", None)) is not None:  # AdaLoRA has no modules
                         delta = (delta * layer.scaling[name]).to(weight.dtype)
                         bias = delta if bias is None else bias + delta
         return weight, bias

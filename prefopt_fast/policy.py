@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .batch import ResponseBatch, hub_name
+from .config import RESPONSES
 from .head import LMHead, require_decoder
 from .packing import pack, packable
 from .parallel import localize
@@ -210,16 +211,20 @@ def require_fit(model: Any, encoded: datasets.Dataset) -> None:
     device's context on GPUs. Positions that are computed, as rotary ones, have no such end.
     """
     table = encoded.with_format("arrow")[:]
-    prompt, *responses = (table[name] for name in table.column_names if name.endswith("_ids"))
-    largest = max(pc.max(pc.list_flatten(column)).as_py() or 0 for column in (prompt, *responses))
-    embedding = model.get_input_embeddings()
+    columns = {name: table[f"{name}_ids"] for name in ("prompt", *RESPONSES) if f"{name}_ids" in table.column_names}
+    largest = max(pc.max(pc.list_flatten(column)).as_py() or 0 for column in columns.values())
+    while hasattr(model, "module") and not hasattr(model, "get_input_embeddings"):
+        model = model.module
+    embedding = None
+    with contextlib.suppress(NotImplementedError):  # of code that is not transformers' own
+        embedding = model.get_input_embeddings()
     if largest >= (tokens := getattr(embedding, "num_embeddings", math.inf)):
         raise ValueError(
             f"the tokenizer makes token {largest} of the data, and {type(model).__name__} has embeddings for {tokens}: "
             "it is another model's tokenizer, or one to which tokens were added without resize_token_embeddings"
         )
-    lengths = (pc.add(pc.list_value_length(prompt), pc.list_value_length(response)) for response in responses)
-    require_positions(model, max(pc.max(length).as_py() for length in lengths), position_limit(model))
+    prompt, *responses = map(pc.list_value_length, columns.values())
+    require_positions(model, max(pc.max(pc.add(prompt, each)).as_py() for each in responses), position_limit(model))
 
 
 def require_positions(model: nn.Module, longest: int, limit: int | None) -> None:
@@ -427,7 +432,8 @@ def load_model(
             output_loading_info=True,
         )
         model, report = loaded
-        if missing := sorted(report["missing_keys"]):
+        weights = {name for name, _ in model.named_parameters()}
+        if missing := sorted(weights & {*report["missing_keys"]}):
             raise ValueError(f"its files lack {len(missing)} of its weights, {', '.join(missing[:3])} …")
     return model
 

@@ -157,8 +157,7 @@ def score(
 
     Raises:
         ValueError: ``out`` holds something else, or a store of another key or settings (saying which); ``key`` is of
-            other data than ``encoded``; sequences longer than the model has positions for; log-probs that are not
-            finite.
+            other data than ``encoded``; sequences or tokens beyond the model's tables; log-probs that are not finite.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, found {batch_size}")

@@ -9,7 +9,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from . import parallel
@@ -97,13 +96,13 @@ def token_logprobs(
         backend: "auto", "torch", "triton" or "reference". What cannot run raises.
         ignore_index: targets with this value are not computed.
         seed: of the column sampling behind an inexact gradient; equal inputs and seed give equal bits, on the torch
-            path with an equal number of threads. None draws one from torch's CPU generator, which
-            ``torch.manual_seed`` governs: another for each call and process, so that errors average out.
+            path with an equal number of threads. None draws another for each call from torch's CPU generator, so that
+            errors average out; over data-parallel processes too, where their generators differ.
 
     A sharded head makes the call collective: see :class:`LMHead`.
 
     Raises:
-        ValueError: shapes, dtypes, devices, targets or names that do not fit.
+        ValueError, TypeError: shapes, dtypes, devices, targets, names or a head that do not fit.
         RuntimeError, NotImplementedError: a backend that cannot run here.
     """
     validate_inputs(hidden, head, targets, stats, ignore_index)
@@ -113,8 +112,9 @@ def token_logprobs(
     head = parallel.localize(head, hidden.dtype)
     weight = product_weight(hidden, head)
     operands = (hidden.reshape(-1, hidden.shape[-1]), weight, head.bias, targets.reshape(-1), head.transform)
-    drawn = seed is None and torch.is_grad_enabled() and any(tolerances)
-    how = (tuple(stats), dispatch.Options(tolerances, ignore_index, _draw_seed() if drawn else seed or 0), backend)
+    draws = seed is None and torch.is_grad_enabled() and any(tolerances)
+    drawn = torch.randint(2**31, (), device="cpu") if draws else seed or 0
+    how = (tuple(stats), dispatch.Options(tolerances, ignore_index, drawn), backend)
     if head.group is None:
         outputs, report = dispatch.linear_logprob(*operands, *how)
     else:
@@ -124,12 +124,6 @@ def token_logprobs(
     # No view where none is needed, such as FSDP warns of where a model returns it.
     shaped = {n: value if targets.dim() == 1 else value.reshape(targets.shape) for n, value in outputs.items()}
     return TokenStats(mask=targets != ignore_index, report=report, backend=backend, **shaped)
-
-
-def _draw_seed() -> Tensor:
-    """(): of torch's CPU generator, which may be in the same state in all processes."""
-    seed = torch.randint(2**31, (), device="cpu")
-    return seed * dist.get_world_size() + dist.get_rank() if dist.is_available() and dist.is_initialized() else seed
 
 
 def product_dtype(hidden: Tensor) -> torch.dtype:
@@ -168,7 +162,8 @@ def resolve_grad_tolerance(
 
 
 def validate_inputs(hidden: Tensor, head: LMHead, targets: Tensor, stats: tuple[str, ...], ignore_index: int) -> None:
-    """Raise ValueError for anything :func:`token_logprobs` cannot compute, naming argument, finding and expectation."""
+    """Raise ValueError for anything :func:`token_logprobs` cannot compute, naming argument, finding and expectation;
+    TypeError for a head that is none."""
     if not isinstance(head, LMHead):
         raise TypeError(f"head must be an LMHead, found {type(head).__name__}: LMHead(weight, bias) makes one")
     if isinstance(stats, str) or (unknown := [name for name in stats if name not in STATS]):

@@ -135,7 +135,7 @@ def train(config: TrainConfig) -> Path:
             another run: before any work.
         Interrupted: SIGINT or SIGTERM, to any of the processes; a checkpoint was written.
         FloatingPointError: a loss, gradient or weight that is not finite; nothing is saved of it.
-        RuntimeError: another process is training in ``output_dir``.
+        RuntimeError: another process is training in ``output_dir``; a checkpoint that cannot be written.
         ModuleNotFoundError: TensorBoard is to be written and is not installed.
     """
     objective = make_objective(config)
@@ -177,17 +177,10 @@ def train(config: TrainConfig) -> Path:
     if config.eval_dataset:
         eval_pairs = _load_pairs(config, config.eval_dataset, config.eval_split, tokenizers, responses, accelerator)
     plan = BatchPlan.of(config, len(positions), accelerator.num_processes)
-    accelerator.print(f"{plan.steps} steps of up to {plan.batch} pairs, in {accelerator.num_processes} processes")
+    shared = f"shared by {world} processes" if (world := accelerator.num_processes) > 1 else "in one process"
+    accelerator.print(f"{plan.steps} steps of up to {plan.batch} pairs, {shared}")
     sources = {n: getattr(config, f"{n}_model") or config.model for n in objective.frozen if n not in stores}
-    identity |= {"model": key.model, "data": data_digest(pairs.encoded)}
-    identity["eval_data"] = eval_pairs and data_digest(eval_pairs.encoded)
-    if config.sample_weight_column:
-        # As text: their own digits, which JSON keeps.
-        weights = [split and split.encoded["sample_weight"][:] for split in (pairs, eval_pairs)]
-        identity["sample_weights"] = hashlib.sha256(json.dumps(weights).encode()).hexdigest()
-    # The weak models' tokens decide what is regressed on, and their digests say nothing of their tokenizer.
-    beside = {"weak_data": pairs.weak, "segments_data": pairs.segments}
-    identity |= {name: rows and data_digest(rows) for name, rows in beside.items()}
+    identity |= {"model": key.model, **_digests(config, pairs, eval_pairs)}
     identity |= {name: model_digest(source) for name, source in sources.items()}
     identity |= {name: store.key.model for name, store in stores.items()}
 
@@ -211,7 +204,8 @@ def train(config: TrainConfig) -> Path:
                 done = f"merged into {output_dir / MERGED}"
                 if accelerator.is_main_process:
                     _save_merged(_finished_adapter(config), tokenizer, output_dir)
-            if accelerator.is_main_process and not (output_dir / CURVES).exists():
+            drawable = (output_dir / checkpoint.METRICS_FILE).exists() and not (output_dir / CURVES).exists()
+            if accelerator.is_main_process and drawable:
                 _draw_curves(config)
             accelerator.print(f"{output_dir} holds this run, finished after {plan.steps} steps: {done}")
             return output_dir
@@ -472,7 +466,8 @@ class Loop:
         try:
             self._write_checkpoint(partial)
         except (OSError, RuntimeError) as error:  # torch.save says RuntimeError of a full disk
-            shutil.rmtree(partial, ignore_errors=True)
+            if accelerator.is_main_process:
+                shutil.rmtree(partial, ignore_errors=True)
             raise RuntimeError(f"{final} could not be written, and is not there: {error}") from error
         if accelerator.is_main_process:
             checkpoint.publish(partial, final)
@@ -611,6 +606,22 @@ def _identity(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name not in ("bf16", "fp16")} | launched
 
 
+def _digests(config: TrainConfig, pairs: Pairs, eval_pairs: Pairs | None) -> dict[str, Any]:
+    """Of the data, by the names that a run's identity has for them."""
+    found: dict[str, Any] = {
+        "data": data_digest(pairs.encoded),
+        "eval_data": eval_pairs and data_digest(eval_pairs.encoded),
+        # The weak models' tokens decide what is regressed on, and their digests say nothing of their tokenizer.
+        "weak_data": pairs.weak and data_digest(pairs.weak),
+        "segments_data": pairs.segments and data_digest(pairs.segments),
+    }
+    if config.sample_weight_column:
+        # As text: their own digits, which JSON keeps.
+        weights = [split and split.encoded["sample_weight"][:] for split in (pairs, eval_pairs)]
+        found["sample_weights"] = hashlib.sha256(json.dumps(weights).encode()).hexdigest()
+    return found
+
+
 def _require_schedule(config: TrainConfig) -> None:
     """Raise ValueError for a schedule that does not exist or needs more than a warm-up, a length and a rate."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate)
@@ -618,7 +629,7 @@ def _require_schedule(config: TrainConfig) -> None:
     def usable(name: str) -> bool:
         try:
             return isinstance(get_scheduler(name, optimizer, 1, 2), torch.optim.lr_scheduler.LambdaLR)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, ZeroDivisionError):
             return False
 
     name, names = config.lr_scheduler_type, [kind.value for kind in SchedulerType]

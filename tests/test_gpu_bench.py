@@ -19,7 +19,8 @@ import gpu_bench
 import gpu_checks
 import gpu_tables
 import gpu_tune
-from prefopt_fast.kernels import configs
+import inputs
+from prefopt_fast.kernels import configs, linear_logprob, sampled_grad
 
 OURS = "prefopt_fast, exact"
 
@@ -35,7 +36,7 @@ def table() -> Iterator[dict]:
 def test_whole_way_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # the torch path stands in for the kernels
     fits = ("sampled_dhidden", configs.Config(16, 16, 32, num_warps=4, num_stages=1))
-    monkeypatch.setattr(gpu_tune, "TRIALS", (fits, *gpu_tune.TRIALS[:1]))
+    monkeypatch.setattr(gpu_tune, "TRIALS", (fits, *gpu_tune.TRIALS[2:3]))
     assert gpu_bench.main(["--device", "cpu", "--quick", "--out", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "gpu_bench.json").read_text())
     assert results["checks"] and all(check["passed"] for check in results["checks"])
@@ -134,7 +135,7 @@ def test_important_cases_come_first(tmp_path: Path) -> None:
     cases = list(bench.cases())
     assert len(set(cases)) == len(cases)
     first = next(i for i, case in enumerate(cases) if not case.peer.name.startswith(("prefopt_fast", "TRL")))
-    assert {case.shape for case in cases[:first]} == set(gpu_bench.SHAPES)
+    assert {case.shape for case in cases[:first]} == set(inputs.GPU_MODELS)
     assert {case.mode for case in cases[:first]} == set(gpu_bench.MODES)
     compiled = [i for i, case in enumerate(cases) if case.peer.compiled]
     assert compiled[-1] == len(cases) - 1 and {cases[i].tokens for i in compiled} == {gpu_bench.TOKENS[0]}
@@ -202,7 +203,7 @@ def test_tuner_keeps_shared_layouts(table: dict) -> None:
         assert 8 <= len(found) <= 40 and len(set(found)) == len(found), name
         for other, config in gpu_tune.TRIALS:
             assert other != name or config in found
-            assert gpu_tune.fits(other, config, "sm_90", torch.bfloat16, 4096)
+            assert isinstance(config, int) or gpu_tune.fits(other, config, "sm_90", torch.bfloat16, 4096)
 
 
 def test_trials_change_a_launch_while_they_last(table: dict) -> None:
@@ -211,6 +212,9 @@ def test_trials_change_a_launch_while_they_last(table: dict) -> None:
     with gpu_tune.using(name, config, device, torch.float32, 32):
         assert configs.lookup(name, "interpreter", torch.float32, 32) == config != shipped
     assert configs.lookup(name, "interpreter", torch.float32, 32) == shipped
+    with gpu_tune.using("BLOCKS_PER_CHUNK", 1, device, torch.float32, 32):
+        assert linear_logprob.BLOCKS_PER_CHUNK == sampled_grad.BLOCKS_PER_CHUNK == 1
+    assert linear_logprob.BLOCKS_PER_CHUNK == sampled_grad.BLOCKS_PER_CHUNK == 2
 
 
 def test_a_failing_check_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,6 +106,16 @@ def test_adapters_on_the_head_stay_trainable_over_a_frozen_one(bias):
             assert relative_error(ours[name], p.grad) < 1e-5
 
 
+def test_adapters_of_parameters_alone():
+    """AdaLoRA's have no modules, and so no bias."""
+    lora = peft.AdaLoraConfig(target_modules=["lm_head"], init_r=2, total_step=10, init_lora_weights=False)
+    model = peft.get_peft_model(make_causal_lm(40), lora)
+    hidden, targets = torch.randn(5, 64), torch.randint(0, 40, (5,))
+    found = pf.token_logprobs(hidden, pf.LMHead.from_model(model), targets).logprobs
+    expected = model.get_output_embeddings()(hidden).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    assert relative_error(found, expected) < 1e-5
+
+
 def test_a_4_bit_head_is_dequantized():
     bitsandbytes = pytest.importorskip("bitsandbytes")
     model = make_causal_lm(128)

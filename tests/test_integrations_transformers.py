@@ -478,6 +478,8 @@ def test_bad_options_are_named(
         build(pf.WPOLoss(), data_collator=PairCollator(0, ("chosen",)))
     with pytest.raises(TypeError, match="data_collator must be a PairCollator, found function"):
         build(pf.WPOLoss(), data_collator=lambda rows: rows)
+    with pytest.raises(TypeError, match="data_collator must be a PairCollator, found type"):
+        PreferenceTrainer(model, arguments(tmp_path), dict, train_dataset=pairs, loss=pf.WPOLoss())
     rows = list(pairs.remove_columns("ref_chosen_logps"))
     listed = PreferenceTrainer(model, arguments(tmp_path), train_dataset=rows, loss=pf.WPOLoss())
     with pytest.raises(ValueError, match="the batch lacks ref_logps, from add_ref_logps or add_token_logps"):

@@ -277,7 +277,7 @@ def test_sequences_beyond_a_table_are_refused_before_anything_is_scored(tmp_path
         score(make("gpt2"), encoded, key, tmp_path / "store")
     encoded = datasets.Dataset.from_list([rows[0] | {"prompt_ids": [3], "rejected_ids": [VOCAB]}])
     with pytest.raises(ValueError, match=r"the tokenizer makes token 41 of the data, .* has embeddings for 41"):
-        score(make("llama"), encoded, replace(key, data=data_digest(encoded)), tmp_path / "store")
+        score(nn.DataParallel(make("llama")), encoded, replace(key, data=data_digest(encoded)), tmp_path / "store")
     assert not (tmp_path / "store").exists()
 
 

@@ -283,12 +283,14 @@ class PreferenceTrainer(transformers.Trainer):
     Raises:
         ValueError: a model whose head cannot be run apart, an option of the Trainer that contradicts this one, or data
             without the columns that the loss needs.
+        TypeError: another data_collator.
     """
 
     loss_is_scaled_for_ga = True
 
     def __init__(self, *args: Any, loss: nn.Module, **kwargs: Any):
-        if not isinstance(collator := kwargs.get("data_collator"), PairCollator | None):
+        third = args[2] if len(args) > 2 and callable(args[2]) else None  # the Trainer's data_collator
+        if not isinstance(collator := kwargs.get("data_collator", third), PairCollator | None):
             raise TypeError(f"data_collator must be a PairCollator, found {type(collator).__name__}")
         super().__init__(*args, **kwargs)
         self.loss: Any = loss
