@@ -338,11 +338,13 @@ def _resident_programs(config: configs.Config, device: torch.device) -> int:
 
 
 def _splits(
-    problem: tuple[int, int, int], quantities: int, config: configs.Config, device: torch.device
+    sizes: tuple[int, int, int],  # n, H, V
+    quantities: int,  # that a split knows of a token
+    config: configs.Config,
+    device: torch.device,
 ) -> tuple[int, int]:
-    """(splits, tiles per split) of (n, H, V): of the programs as many run at once as the device has room for, and what
-    the last of these waves leaves idle is lost, up to a twentieth of the time."""
-    n_tokens, hidden_size, vocab_size = problem
+    """(splits, tiles per split): programs run in waves, and of the last one a part is idle, the less the better."""
+    n_tokens, hidden_size, vocab_size = sizes
     at_once = _resident_programs(config, device)
     tiles = triton.cdiv(vocab_size, config.block_v)
     blocks = triton.cdiv(n_tokens, config.block_n)

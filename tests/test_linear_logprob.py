@@ -277,12 +277,12 @@ def test_targets_that_do_not_exist(device: str) -> None:
     """Where looking would cost a synchronization the result says it: NaN."""
     hidden, weight, targets = make_problem(20, 70, 32, device=device)
     wrong = targets.clone()
-    wrong[3], wrong[17] = -1, 70
+    wrong[3], wrong[17], wrong[18] = -1, 70, 2**32 + 5
     found, expected = (
         linear_logprob.linear_logprob(hidden, weight, None, y, (1.0, None), (), Options())[0]["logprobs"]
         for y in (wrong, targets)
     )
-    assert found[[3, 17]].isnan().all()
+    assert found[[3, 17, 18]].isnan().all()
     assert torch.equal(found[wrong == targets], expected[wrong == targets])
 
 
@@ -416,6 +416,19 @@ def test_compile_and_export(tolerance: float, device: str, always_sample: None) 
     operands = (hidden.detach(), weight.detach())
     exported = torch.export.export(Module(), operands).module()
     assert torch.equal(exported(*operands), loss(*operands))
+
+
+@pytest.mark.parametrize("n_tokens", [1, 2048, 8192, 65_536])
+@pytest.mark.parametrize(("vocab", "hidden_size"), [(128_256, 4096), (151_936, 896), (256_000, 2304)])
+def test_splits_leave_little_of_a_device_idle(n_tokens: int, vocab: int, hidden_size: int, monkeypatch) -> None:
+    monkeypatch.setattr(linear_logprob, "processors", lambda device: 132)
+    config = configs.lookup("forward", "sm_90", torch.bfloat16, hidden_size)
+    splits, each = linear_logprob._splits((n_tokens, hidden_size, vocab), 3, config, torch.device("cpu"))
+    n_tiles, blocks = triton.cdiv(vocab, config.block_v), triton.cdiv(n_tokens, config.block_n)
+    assert (splits - 1) * each < n_tiles <= splits * each
+    assert splits <= linear_logprob.MAX_SPLITS and 12 * splits * n_tokens <= linear_logprob.PARTIALS_BYTES
+    waves = triton.cdiv(blocks * splits, 132)
+    assert n_tokens == 1 or blocks * n_tiles / 132 > 0.95 * waves * each
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU with 24 GiB")
