@@ -511,9 +511,6 @@ def _tokenize(
     Rows of text get the special tokens that the tokenizer adds at their beginning; their EOS is in the text.
     """
     tokenized = []
-    probe, whole = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (False, True))
-    starts = [i for i in range(len(whole)) if probe and whole[i : i + len(probe)] == probe]
-    at_end = len(whole) - starts[0] - len(probe) if starts else 0
     for templated, run in groupby(rendered, key=lambda item: item[0]):
         rows = [texts for _, texts in run]
         flat = [text for texts in rows for text in texts]
@@ -521,11 +518,17 @@ def _tokenize(
             flat, add_special_tokens=not templated, return_attention_mask=False, return_offsets_mapping=offsets
         )
         columns = [encoding["input_ids"], encoding["offset_mapping"] if offsets else ()]
-        if not templated and at_end:
+        if not templated and (at_end := _tokens_added_at_end(tokenizer)):
             columns = [[values[:-at_end] for values in column] for column in columns]
         ids, places = map(iter, columns)
         tokenized += [(list(islice(ids, len(texts))), list(islice(places, len(texts)))) for texts in rows]
     return tokenized
+
+
+def _tokens_added_at_end(tokenizer: Any) -> int:
+    probe, whole = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (False, True))
+    starts = [i for i in range(len(whole)) if probe and whole[i : i + len(probe)] == probe]
+    return len(whole) - starts[0] - len(probe) if starts else 0
 
 
 def _split_sequences(prompt: list[int], sequences: list[list[int]]) -> list[list[int]]:

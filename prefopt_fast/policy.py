@@ -8,7 +8,7 @@ import functools
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import datasets
 import pyarrow.compute as pc
@@ -203,7 +203,7 @@ def position_limit(model: nn.Module) -> int | None:
     return None
 
 
-def require_fit(model: Any, encoded: datasets.Dataset) -> None:
+def require_fit(model: nn.Module, encoded: datasets.Dataset) -> None:
     """Raise ValueError where rows of :func:`prefopt_fast.batch.encode` are longer than the model has positions for, or
     have tokens that it has no embedding for.
 
@@ -211,19 +211,17 @@ def require_fit(model: Any, encoded: datasets.Dataset) -> None:
     device's context on GPUs. Positions that are computed, as rotary ones, have no such end.
     """
     table = encoded.with_format("arrow")[:]
-    columns = {name: table[f"{name}_ids"] for name in ("prompt", *RESPONSES) if f"{name}_ids" in table.column_names}
-    largest = max(pc.max(pc.list_flatten(column)).as_py() or 0 for column in columns.values())
-    while hasattr(model, "module") and not hasattr(model, "get_input_embeddings"):
-        model = model.module
-    embedding = None
+    columns = [table[f"{name}_ids"] for name in ("prompt", *RESPONSES) if f"{name}_ids" in table.column_names]
+    largest = max(pc.max(pc.list_flatten(column)).as_py() or 0 for column in columns)
+    embedding, backbone = None, cast(Any, find_backbone(model))
     with contextlib.suppress(NotImplementedError):  # of code that is not transformers' own
-        embedding = model.get_input_embeddings()
+        embedding = backbone.get_input_embeddings()
     if largest >= (tokens := getattr(embedding, "num_embeddings", math.inf)):
         raise ValueError(
             f"the tokenizer makes token {largest} of the data, and {type(model).__name__} has embeddings for {tokens}: "
             "it is another model's tokenizer, or one to which tokens were added without resize_token_embeddings"
         )
-    prompt, *responses = map(pc.list_value_length, columns.values())
+    prompt, *responses = map(pc.list_value_length, columns)
     require_positions(model, max(pc.max(pc.add(prompt, each)).as_py() for each in responses), position_limit(model))
 
 

@@ -199,15 +199,9 @@ def train(config: TrainConfig) -> Path:
 
     with _claimed(output_dir, identity, accelerator) as finished:
         if finished:
-            done = "nothing to do"
-            if config.merge_adapter and not (output_dir / MERGED).exists():
-                done = f"merged into {output_dir / MERGED}"
-                if accelerator.is_main_process:
-                    _save_merged(_finished_adapter(config), tokenizer, output_dir)
-            drawable = (output_dir / checkpoint.METRICS_FILE).exists() and not (output_dir / CURVES).exists()
-            if accelerator.is_main_process and drawable:
-                _draw_curves(config)
-            accelerator.print(f"{output_dir} holds this run, finished after {plan.steps} steps: {done}")
+            if accelerator.is_main_process:
+                done = _complete(config, tokenizer) or "nothing to do"
+                print(f"{output_dir} holds this run, finished after {plan.steps} steps: {done}")
             return output_dir
 
         visited = {positions[i] for batch in plan.batches() for i in batch}
@@ -323,11 +317,9 @@ class Loop:
         self._save_model()
         if log is not None:
             log.close()
-            checkpoint.mark_finished(self.output_dir)  # what follows, a finished run makes up for
-            if config.merge_adapter and not (self.output_dir / MERGED).exists():
-                policy = _finished_adapter(config) if self.sharded else self.policy
-                _save_merged(policy, self.tokenizer, self.output_dir)
-            accelerator.print(f"model in {self.output_dir}, curves in {_draw_curves(config)}")
+            checkpoint.mark_finished(self.output_dir)
+            _complete(config, self.tokenizer, None if self.sharded else self.policy)
+            accelerator.print(f"model in {self.output_dir}, curves in {self.output_dir / CURVES}")
         accelerator.wait_for_everyone()
 
     def _train_step(self, batch: list[int]) -> torch.Tensor:
@@ -545,8 +537,18 @@ class Loop:
         partial.rmdir()
 
 
-def _draw_curves(config: TrainConfig) -> Path:
-    return draw_curves(Path(config.output_dir), f"{config.objective} · {Path(config.model).name}")
+def _complete(config: TrainConfig, tokenizer: Any, policy: Any = None) -> str:
+    """Make what a finished run lacks beside its model, the merged one and the curves; says where it merged, if it did.
+
+    policy: the adapted model, where it is in memory.
+    """
+    output_dir, merged = Path(config.output_dir), ""
+    if config.merge_adapter and not (output_dir / MERGED).exists():
+        _save_merged(_finished_adapter(config) if policy is None else policy, tokenizer, output_dir)
+        merged = f"merged into {output_dir / MERGED}"
+    if (output_dir / checkpoint.METRICS_FILE).exists() and not (output_dir / CURVES).exists():
+        draw_curves(output_dir, f"{config.objective} · {Path(config.model).name}")
+    return merged
 
 
 def _save_merged(policy: Any, tokenizer: Any, output_dir: Path) -> None:
