@@ -1,10 +1,10 @@
 """Everything a GPU can tell, in one command of at most ten minutes: correct, tuned, timed, compared, plotted.
 
 ``make gpu-bench`` checks the kernels against float64, tunes their configurations where asked (``ARGS=--tune``),
-measures what the project's goals are about, profiles, tries other configurations, and times ours beside every peer that
-can be imported: the most important cases first, as many as the time allows, and what was left out is named. Results
-are written after every case, so that a run cut off keeps what it measured; a part that fails is named, and the others
-go on. Parts that are not run keep their results from earlier.
+measures what the project's goals are about, profiles, and times ours beside every peer that can be imported: the most
+important cases first, as many as the time allows, and what was left out is named. Results are written after every case,
+so that a run cut off keeps what it measured; a part that fails is named, and the others go on. Parts that are not run
+keep their results from earlier.
 ``--device cpu --quick`` takes the same way through tiny problems, to test this script.
 """
 
@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import platform
+import random
 import re
 import statistics
 import sys
@@ -52,10 +53,9 @@ PARTS: dict[str, dict[str, Any]] = {  # in the order in which they run: what the
     "tune": {"tuned": None, "tuned_checks": []},
     "goals": {"goals": None},
     "profile": {"profiles": []},
-    "trials": {"trials": []},
     "measure": {"products": [], "cases": [], "left_out": []},
 }
-GOAL_ROUNDS, TRIAL_ROUNDS = 60, 20
+GOAL_ROUNDS = 60
 PRODUCT_TOKENS = 8192  # of one bare product
 FLUSH_BYTES = 256 << 20  # several times any L2 cache
 PRODUCT = Peer("bare product", lambda problem: torch.mm(problem.hidden, problem.weight.T))
@@ -163,7 +163,11 @@ class Bench:
         self.check(after_tuning=True)
 
     def goals(self) -> None:
-        """What the goals compare, in turn, round after round: clocks and heat then act on all of them alike."""
+        """What the goals compare, round after round, each in an order of its own.
+
+        Clocks follow what ran just before: on an H100, in one order throughout, what came after two bare products took
+        a twentieth more than it did alone.
+        """
         shape, tokens = next(iter(self.shapes)), self.tokens[0]
         (fast, _, exact), _ = methods(self.backend)
         compared = {
@@ -183,9 +187,10 @@ class Bench:
             else:
                 steps[name] = outcome["timed"]
                 found["extra_mib"][name], found["ms"][name] = outcome["extra_mib"], []
+        order = random.Random(0)
         for _ in range(2 if self.quick else GOAL_ROUNDS):
-            for name, timed in steps.items():
-                found["ms"][name].append(self.time_once(*timed))
+            for name in order.sample(list(steps), len(steps)):
+                found["ms"][name].append(self.time_once(*steps[name]))
             self.save()
 
     def first_call(self, case: Case) -> dict[str, Any]:
@@ -194,36 +199,6 @@ class Bench:
         step()
         clear = partial(peers.clear_gradients, problem)
         return {"timed": (step, clear), "extra_mib": self.extra_bytes(step, problem) / 2**20}
-
-    def trials(self) -> None:
-        """Our steps at 2⁻⁸ as launched and under each configuration that may be faster, in turn."""
-        shape, tokens = next(iter(self.shapes)), self.tokens[0]
-        device, fast = torch.device(self.device), methods(self.backend)[0][0]
-        for mode in MODES[:2]:
-            timed = self.first_call(Case(shape, tokens, mode, fast))["timed"]
-            launches = []
-            for name, config in gpu_tune.TRIALS:
-                using = partial(gpu_tune.using, name, config, device, self.dtype, self.shapes[shape][1])
-                record = {"mode": mode, "kernel": name, "ms": [], "over_shipped": []}
-                record["config"] = config if isinstance(config, int) else config._asdict()
-                self.results["trials"].append(record)
-                record |= self.attempt(partial(self.first_trial, using, timed))
-                if "absent" not in record:
-                    launches.append((using, record))
-            for _ in range(2 if self.quick else TRIAL_ROUNDS):
-                shipped = self.time_once(*timed)
-                for using, record in launches:
-                    with using():
-                        record["ms"].append(self.time_once(*timed))
-                    record["over_shipped"].append(record["ms"][-1] / shipped)
-            self.save()
-
-    def first_trial(
-        self, using: Callable[[], Any], timed: tuple[Callable[[], Any], Callable[[], Any]]
-    ) -> dict[str, Any]:
-        """One call that compiles, or raises."""
-        with using():
-            return {"first_ms": self.time_once(*timed)}
 
     def profile(self) -> None:
         """Where the time of our steps at 2⁻⁸ goes, kernel by kernel: of operators on a CPU."""
@@ -287,19 +262,22 @@ class Bench:
         self.save()
 
     def cases(self) -> Iterator[Case]:
-        """Ours and TRL's, then what else needs no torch.compile, then the rest: at the first number of tokens, where
-        the rest is of the first shape, then at the others."""
+        """Ours and TRL's before what else needs no torch.compile, and that before the rest; the first shape and number
+        of tokens before the others."""
         ours, others = methods(self.backend)
         ours.append(TRL)
         plain = [peer for peer in others if not peer.compiled and peer is not TRL]
         compiled = [] if self.quick else [peer for peer in others if peer.compiled]
         first, *rest = self.shapes
-        for group in (ours, plain):
-            yield from self.grid([first, *rest], self.tokens[0], MODES, group)
+        for group, shapes in ((ours, [first]), (plain, [first]), (ours, rest)):
+            yield from self.grid(shapes, self.tokens[0], MODES, group)
+        for tokens in self.tokens[1:]:
+            yield from self.grid([first], tokens, MODES[:3], ours)
         yield from self.grid([first], self.tokens[0], MODES, compiled)
-        for group in (ours, plain):
+        yield from self.grid(rest, self.tokens[0], MODES, plain)
+        for group, shapes in ((ours, rest), (plain, [first, *rest])):
             for tokens in self.tokens[1:]:
-                yield from self.grid([first, *rest], tokens, MODES[:3], group)
+                yield from self.grid(shapes, tokens, MODES[:3], group)
         yield from self.grid(rest, self.tokens[0], MODES[:2], compiled)
 
     def grid(self, shapes: list[str], tokens: int, modes: tuple[str, ...], methods: list[Peer]) -> Iterator[Case]:

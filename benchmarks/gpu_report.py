@@ -1,8 +1,9 @@
 """Compile every shipped kernel configuration for each GPU architecture, without a GPU, and check the machine code.
 
 ``make gpu-report`` writes benchmarks/results/gpu_report.md and .json and exits with 1 where a configuration does not
-compile, spills registers inside a main loop, needs more shared memory than a program can have, or has lost the
-instructions its source asks for: tensor-core products and, on Hopper and later, tensor memory access.
+compile, spills registers inside a main loop, needs more shared memory than a program can have, has lost the
+instructions its source asks for (tensor-core products and, on Hopper and later, tensor memory access), or copies into
+shared memory that a product still reads.
 
 Everything written is a function of the sources and of Triton's version, so a second run writes the same bytes.
 """
@@ -140,6 +141,8 @@ def inspect_kernel(arch: str, name: str) -> dict[str, Any]:
     entry["programs_per_processor"] = _programs_per_processor(entry, architecture)
     entry["occupancy"] = entry["programs_per_processor"] * spec.config.num_warps / architecture.warps
     entry["problems"] = list(_problems(entry, compiled.asm["ttir"], architecture))
+    if overwritten := _overwritten_buffers(compiled.asm["ttgir"]):
+        entry["problems"].append(f"copies overwrite what a product reads: {', '.join(overwritten)}")
     return entry
 
 
@@ -274,6 +277,25 @@ def _programs_per_processor(entry: dict[str, Any], architecture: Architecture) -
     if entry["tensor_memory_columns"]:
         limits.append(512 // entry["tensor_memory_columns"])
     return min(limits)
+
+
+def _overwritten_buffers(ttgir: str) -> list[str]:
+    """Operands of asynchronous products (Hopper's) whose next copy goes where the running product reads.
+
+    A loop's copies run as many steps ahead as are started before it, around a ring of buffers: so many steps ahead the
+    ring must not be back where it is. Triton 3.6 to 3.9 make rings too small for a tile that is used in a product and
+    elsewhere.
+    """
+    rings = {name: int(n) for name, n in re.findall(r"(%\S+) = ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x", ttgir)}
+    source = {name: name for name in rings}
+    for name, viewed in re.findall(r"(%\S+) = ttg\.memdesc_\w+ (%\w+)", ttgir):
+        source[name] = source.get(viewed, viewed)
+    dots = list(re.finditer(r"ttng\.warp_group_dot (%\w+), (%\w+),.*isAsync = true", ttgir))
+    read = {source.get(operand) for dot in dots for operand in dot.groups()}
+    ahead: Counter[str] = Counter()
+    for copy in re.finditer(r"ttn?g\.async_\w*copy_global_to_local (.*)", ttgir[: dots[0].start() if dots else 0]):
+        ahead.update({source[name] for name in re.findall(r"%\w+", copy[1]) if name in source})
+    return sorted(name for name, steps in ahead.items() if name in read and steps % rings.get(name, steps + 1) == 0)
 
 
 def _problems(entry: dict[str, Any], ttir: str, architecture: Architecture) -> Iterator[str]:

@@ -115,7 +115,6 @@ def _lines(results: Results) -> Iterator[str]:
     )
     yield from _part_lines(results)
     yield from _goal_lines(results)
-    yield from _trial_lines(results)
     for shape in _unique(results, "shape"):
         yield from _shape_lines(results, shape)
     yield from _profile_lines(results)
@@ -147,24 +146,6 @@ def _goal_lines(results: Results) -> Iterator[str]:
             cells = [f"not measured: {_cell(goal.reason)}", ""]
         verdict = ("yes" if goal.met else "no") if goal.measured else ""
         yield "| " + " | ".join([goal.name, *cells, f"{goal.limit:.2f}", verdict]) + " |"
-
-
-def _trial_lines(results: Results) -> Iterator[str]:
-    if results.get("trials"):
-        yield from ("", "## Other configurations", "")
-        yield "The whole step over that of the shipped configuration in the same round: medians and quartiles."
-        yield from ("", "| head | kernel | configuration | ms | over shipped | quartiles |", "| --- |" + " --- |" * 5)
-    for trial in results.get("trials", ()):
-        config = trial["config"]
-        if isinstance(config, dict):
-            sizes = " x ".join(str(config[f"block_{letter}"]) for letter in "nvh")
-            config = f"{sizes}, {config['num_warps']} warps, {config['num_stages']} stages"
-        if "absent" in trial or not trial["ms"]:
-            cells = [_cell(trial.get("absent", "cut off")), "", ""]
-        else:
-            medians = statistics.median(trial["ms"]), statistics.median(trial["over_shipped"])
-            cells = [f"{medians[0]:.2f}", f"{medians[1]:.3f}", _quartiles(trial["over_shipped"])]
-        yield "| " + " | ".join([trial["mode"], trial["kernel"], str(config), *cells]) + " |"
 
 
 def _quartiles(values: list[float]) -> str:

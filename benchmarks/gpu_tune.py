@@ -6,7 +6,6 @@ after the other until the time is up. The fastest become the table's lines for t
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
 import json
@@ -14,13 +13,12 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
-from unittest import mock
 
 import gpu_checks
 import inputs
 import torch
 from inputs import Problem
-from prefopt_fast.kernels import configs, linear_logprob, sampled_grad
+from prefopt_fast.kernels import configs, sampled_grad
 
 import prefopt_fast as pf
 
@@ -54,41 +52,6 @@ KERNELS = {
     "sampled_dhidden": Kernel("block_n", "block_h", "block_v", ("hidden",), SAMPLED, gathers=True),
     "sampled_dweight": Kernel("block_v", "block_h", "block_n", ("weight",), SAMPLED),
 }
-
-
-# For an H100, what may beat what is shipped: configurations of kernels, and constants of sampled_grad.py.
-TRIALS: tuple[tuple[str, configs.Config | int], ...] = (
-    ("BLOCKS_PER_CHUNK", 1),
-    ("SEED_SHARE", 64),
-    ("sampled_dhidden", configs.Config(256, 64, 128, num_warps=8, num_stages=5)),
-    ("sampled_dhidden", configs.Config(128, 64, 128, num_warps=4, num_stages=5)),
-    ("sampled_grad_logits", configs.Config(256, 128, 64, num_warps=8, num_stages=4)),
-)
-
-
-@contextlib.contextmanager
-def using(
-    name: str, config: configs.Config | int, device: torch.device, dtype: torch.dtype, hidden_size: int
-) -> Iterator[None]:
-    """Here a kernel is launched as ``config`` says, or the constant of that name has another value.
-
-    Raises:
-        ValueError: a configuration whose layout would not be the other kernels'.
-    """
-    if isinstance(config, int):
-        with contextlib.ExitStack() as patches:
-            for module in (sampled_grad, linear_logprob):
-                if hasattr(module, name):
-                    patches.enter_context(mock.patch.object(module, name, config))
-            yield
-        return
-    arch = configs.architecture(device)
-    if not fits(name, config, arch, dtype, hidden_size):
-        raise ValueError("does not fit the other kernels' layout")
-    table = configs._table()
-    entry = table.setdefault(arch, {}).setdefault(name, copy.deepcopy(table["default"][name]))
-    with mock.patch.dict(entry, {str(8 * dtype.itemsize): [{"max_hidden": None, **config._asdict()}]}):
-        yield
 
 
 def candidates(kernel: Kernel, quick: bool) -> Iterator[configs.Config]:
@@ -163,8 +126,8 @@ def fits(name: str, config: configs.Config, arch: str, dtype: torch.dtype, hidde
     """
     shared = ("forward", *(other for other in KERNELS if other.startswith("sampled")))
     found = {other: configs.lookup(other, arch, dtype, hidden_size) for other in shared} | {name: config}
-    chunk = sampled_grad.BLOCKS_PER_CHUNK * found["forward"].block_n
     whole_tile = found["sampled_grad_logits"].block_v % found["sampled_dhidden"].block_v == 0
+    chunk = min(sampled_grad.BLOCKS_PER_CHUNK) * found["forward"].block_n
     return whole_tile and all(chunk % found[other].block_n == 0 for other in shared)
 
 

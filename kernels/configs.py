@@ -39,6 +39,7 @@ def _table() -> dict[str, dict[str, dict[str, list[dict[str, Any]]]]]:
     return json.loads((files(__package__) / "configs.json").read_text())
 
 
+@functools.cache
 def architecture(device: torch.device) -> str:
     """ "sm_90", "gfx942", …; "interpreter" where the kernels run on the CPU in Triton's interpreter."""
     if device.type == "cuda":

@@ -23,8 +23,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
+from .autograd import once_differentiable
 from .dispatch import STATS, GradReport, Options, Report
-from .sampled_grad import BLOCKS_PER_CHUNK, Operands, draw_slots, frequent_columns, sampled_gradients
+from .sampled_grad import BLOCKS_PER_CHUNK, Gradients, Operands, frequent_columns, sampled_gradients
 from .tiles import (
     LN2,
     SMALL,
@@ -32,6 +33,7 @@ from .tiles import (
     VARYING_SIZES,
     Specialization,
     base2_logits,
+    cdiv,
     dot_precision,
     grad_of_product,
     has_tma,
@@ -39,6 +41,7 @@ from .tiles import (
     kernel_operands,
     load_tile,
     merge_splits,
+    next_power_of_2,
     on_device,
     operand,
     operand_type,
@@ -171,12 +174,14 @@ def _lower_bound_kernel(
     weight,  # (V, H)
     bias,  # (V,) or None
     targets,  # (n,)
-    is_seed,  # (V,), bool: the columns that the partials know
+    frequent,  # (S,): the columns that the partials know
+    counts,  # (V,), int32: by which these are the first, by falling count, equal ones by rising id
     partials,  # (2, splits, n), fp32
     bounds,  # (n,), fp32
     n_tokens,
     vocab_size,
     hidden_size,
+    n_frequent,
     n_splits,
     scale,
     softcap,
@@ -200,7 +205,10 @@ def _lower_bound_kernel(
     product = tl.sum(products, 1)
     if bias is not None:
         product += tl.load(bias + target, mask=exists, other=0.0).to(tl.float32)
-    added = exists & (tl.load(is_seed + target, mask=exists, other=0) == 0)
+    last = tl.load(frequent + n_frequent - 1)
+    least = tl.load(counts + last)
+    count = tl.load(counts + target, mask=exists, other=0)
+    added = exists & tl.where(count == least, target > last, count < least)
     logit = tl.where(added, base2_logits(product, scale, softcap, HAS_SOFTCAP), float("-inf"))
 
     known, known_total = merge_splits(partials, tokens, n_tokens, n_splits, BLOCK_SPLITS)
@@ -346,17 +354,17 @@ def _splits(
     """(splits, tiles per split): programs run in waves, and of the last one a part is idle, the less the better."""
     n_tokens, hidden_size, vocab_size = sizes
     at_once = _resident_programs(config, device)
-    tiles = triton.cdiv(vocab_size, config.block_v)
-    blocks = triton.cdiv(n_tokens, config.block_n)
+    tiles = cdiv(vocab_size, config.block_v)
+    blocks = cdiv(n_tokens, config.block_n)
     most = max(1, min(MAX_SPLITS, PARTIALS_BYTES // (4 * quantities * n_tokens)))
-    fewest_tiles = triton.cdiv(tiles, most)
+    fewest_tiles = cdiv(tiles, most)
 
     def duration(tiles_per_split: int) -> float:
-        waves = triton.cdiv(blocks * triton.cdiv(tiles, tiles_per_split), at_once)
+        waves = cdiv(blocks * cdiv(tiles, tiles_per_split), at_once)
         return waves * (tiles_per_split * hidden_size + PROGRAM_START)
 
     tiles_per_split = min(range(fewest_tiles, fewest_tiles + 32), key=duration)
-    return triton.cdiv(tiles, tiles_per_split), tiles_per_split
+    return cdiv(tiles, tiles_per_split), tiles_per_split
 
 
 def forward_partials(
@@ -382,7 +390,7 @@ def forward_partials(
     n_splits, tiles_per_split = _splits((n_tokens, hidden_size, vocab_size), n_quantities, config, hidden.device)
     partials = hidden.new_empty(n_quantities, n_splits, n_tokens, dtype=torch.float32)
     target_logits = hidden.new_empty(n_tokens, dtype=torch.float32)
-    n_blocks = triton.cdiv(n_tokens, config.block_n)
+    n_blocks = cdiv(n_tokens, config.block_n)
     column_sq = None if seed is None else hidden.new_empty(n_blocks, vocab_size, dtype=torch.bfloat16)
     tma = tma_available(hidden, weight)
     _forward_kernel[(n_blocks * n_splits,)](
@@ -438,39 +446,42 @@ def _seed(
     bias: Tensor | None,  # (V,)
     targets: Tensor,  # (n,)
     transform: tuple[float, float | None],
-) -> tuple[Tensor, Tensor]:
-    """Lower bounds of the base-2 log-sum-exps, (n,), and the mean row of weight of the most frequent targets, (H,)."""
+    frequent: Tensor,  # (S,)
+    counts: Tensor,  # (V,)
+    rows: Tensor,  # (S, H), of weight
+) -> Tensor:
+    """Lower bounds of the base-2 log-sum-exps, (n,)."""
     n_tokens, hidden_size = hidden.shape
     scale, softcap = transform
-    frequent = frequent_columns(targets, len(weight))
-    is_seed = torch.zeros(len(weight), dtype=torch.bool, device=weight.device).index_fill_(0, frequent, True)
-    rows, biases = weight[frequent], None if bias is None else bias[frequent]
-    partials, _, _ = forward_partials(hidden, rows, biases, torch.full_like(targets, -1), transform)
+    biases = None if bias is None else bias.index_select(0, frequent)
+    # Target logits of these columns mean nothing, and nobody reads them.
+    partials, _, _ = forward_partials(hidden, rows, biases, targets, transform)
     bounds = hidden.new_empty(n_tokens, dtype=torch.float32)
-    _lower_bound_kernel[(triton.cdiv(n_tokens, LOWER_BOUND_BLOCKS["BLOCK_N"]),)](
+    _lower_bound_kernel[(cdiv(n_tokens, LOWER_BOUND_BLOCKS["BLOCK_N"]),)](
         hidden,
         weight,
         None if bias is None else bias.contiguous(),
         targets,
-        is_seed,
+        frequent,
+        counts,
         partials,
         bounds,
         n_tokens,
         len(weight),
         hidden_size,
+        len(frequent),
         partials.shape[1],
         scale,
         softcap or 0.0,
         HAS_SOFTCAP=softcap is not None,
         **LOWER_BOUND_BLOCKS,
-        BLOCK_SPLITS=triton.next_power_of_2(partials.shape[1]),
+        BLOCK_SPLITS=next_power_of_2(partials.shape[1]),
     )
-    return bounds, rows.mean(0, dtype=torch.float32)
+    return bounds
 
 
-@torch.library.custom_op("prefopt_fast::linear_logprob", mutates_args=(), tags=SYNCHRONIZES)
 @on_device
-def _forward_op(
+def _forward(
     hidden: Tensor,  # (N, H)
     weight: Tensor,  # (V, H)
     bias: Tensor | None,  # (V,)
@@ -489,26 +500,35 @@ def _forward_op(
     """
     names = tuple(stats.split(",")) if stats else ()
     n_rows = len(targets)
-    logprobs = hidden.new_zeros(n_rows, dtype=torch.float32)
-    logsumexp = torch.zeros_like(logprobs)
-    values = logprobs.new_zeros(len(names), n_rows)
-    column_sq = weight.new_empty(0, len(weight), dtype=torch.bfloat16)
-    center = logprobs.new_empty(weight.shape[1] if tolerance > 0 else 0)
+    weight = weight.contiguous()
+    if tolerance > 0:
+        # Before the synchronization, while the device may be busy: what is ignored counts as some entry, for no harm.
+        frequent, counts = frequent_columns(targets, len(weight))
+        frequent_rows = weight.index_select(0, frequent)
     index = scored_index(targets, ignore_index)
     scored, scored_targets, rows = take_rows(hidden, targets, index)
-    if n_tokens := len(scored):
-        weight = weight.contiguous()
+    n_tokens = len(scored)
+    sums = None
+    if n_tokens:
         lower_bound = None
         if tolerance > 0:
-            lower_bound, center = _seed(scored, weight, bias, scored_targets, (scale, softcap))
+            known = (frequent, counts, frequent_rows)
+            lower_bound = _seed(scored, weight, bias, scored_targets, (scale, softcap), *known)
         partials, target_logits, sums = forward_partials(
             scored, weight, bias, scored_targets, (scale, softcap), names, lower_bound
         )
-        column_sq = column_sq if sums is None else sums
+    # From here on the device is busy. Where every token is scored, the combine kernel writes all of these.
+    allocate = torch.zeros if rows is not None or not n_tokens else torch.empty
+    logprobs, logsumexp, values = (
+        allocate(*shape, n_rows, dtype=torch.float32, device=hidden.device) for shape in ((), (), (len(names),))
+    )
+    column_sq = weight.new_empty(0, len(weight), dtype=torch.bfloat16) if sums is None else sums
+    center = frequent_rows.mean(0, dtype=torch.float32) if tolerance > 0 else logprobs.new_empty(0)
+    if n_tokens:
         n_splits = partials.shape[1]
-        block_splits = triton.next_power_of_2(n_splits)
+        block_splits = next_power_of_2(n_splits)
         block_n = max(16, 2048 // block_splits)
-        _combine_kernel[(triton.cdiv(n_tokens, block_n),)](
+        _combine_kernel[(cdiv(n_tokens, block_n),)](
             partials,
             target_logits,
             rows,
@@ -524,6 +544,9 @@ def _forward_op(
             BLOCK_SPLITS=block_splits,
         )
     return logprobs, logsumexp, values, column_sq, center, index if tolerance > 0 else index.new_empty(0)
+
+
+_forward_op = torch.library.custom_op("prefopt_fast::linear_logprob", _forward, mutates_args=(), tags=SYNCHRONIZES)
 
 
 @_forward_op.register_fake
@@ -568,7 +591,7 @@ def _grad_logits(
     config = configs.lookup("grad_logits", configs.architecture(hidden.device), hidden.dtype, hidden_size)
     weight_part = weight[columns]
     tma = tma_available(hidden, weight_part)
-    n_tiles = triton.cdiv(n_tokens, config.block_n) * triton.cdiv(len(weight_part), config.block_v)
+    n_tiles = cdiv(n_tokens, config.block_n) * cdiv(len(weight_part), config.block_v)
     _grad_logits_kernel[(min(n_tiles, _resident_programs(config, hidden.device)),)](
         operand(hidden, [config.block_n, config.block_h], tma),
         operand(weight_part, [config.block_v, config.block_h], tma),
@@ -612,7 +635,7 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dhidden, dweight and dbias, each empty where not needed; exact at tolerance 0, else sampled where that pays.
 
-    Last what draw_slots reports, zeros where it is not called.
+    Last what sampled_gradients reports.
     """
     need_hidden, need_weight, need_bias = needed
     index = index if tolerance > 0 else scored_index(targets, ignore_index)
@@ -629,9 +652,8 @@ def _backward_op(
         hidden.new_empty(0) if dweight is None else dweight,
         hidden.new_empty(0) if dbias is None else dbias,
     )
-    report = torch.zeros(4, dtype=torch.float64, device="cpu")
     if not len(scored):
-        return *gradients, report
+        return *gradients, torch.zeros(4, dtype=torch.float64, device="cpu")
 
     if rows is not None:
         grad, logprobs, logsumexp = grad[rows], logprobs[rows], logsumexp[rows]
@@ -644,19 +666,19 @@ def _backward_op(
     token_factors = _token_factors(grad, logprobs, logsumexp, scale)
     bias = None if bias is None else bias.contiguous()
     operands = (scored, weight.contiguous(), bias, token_factors, (scale, softcap), scored_targets)
-    slots = None
+    report = (0.0, 0.0, 0, 0)
     if tolerance > 0:
         arch = configs.architecture(hidden.device)
         block_n = configs.lookup("forward", arch, hidden.dtype, hidden.shape[1]).block_n
         tile = configs.lookup("sampled_grad_logits", arch, hidden.dtype, hidden.shape[1]).block_v
-        sampled = Operands(*operands, BLOCKS_PER_CHUNK * block_n, tile)
-        train_head = dweight is not None or dbias is not None
-        slots, report = draw_slots(sampled, column_sq, grad, logprobs, tolerance, int(seed), train_head)
-    if slots is None:
+        blocks = BLOCKS_PER_CHUNK[dweight is not None or dbias is not None]
+        sampled = Operands(*operands, blocks, blocks * block_n, tile)
+        wanted = Gradients(dhidden, dweight, dbias, rows, center if softcap is None else None, unit)
+        report = sampled_gradients(sampled, column_sq, grad, logprobs, tolerance, int(seed), wanted)
+    _, _, dense_chunks, chunks = report
+    if dense_chunks == chunks:
         _exact_gradients(*operands, unit, rows, (dhidden, dweight, dbias))
-    else:
-        sampled_gradients(sampled, slots, center, unit, rows, (dhidden, dweight, dbias))
-    return *gradients, report
+    return *gradients, torch.tensor(report, dtype=torch.float64, device="cpu")
 
 
 def _exact_gradients(
@@ -680,7 +702,7 @@ def _exact_gradients(
     dhidden, dweight, dbias = gradients
     n_tokens, vocab_size = len(hidden), len(weight)
     width = max(256, WORKSPACE_BYTES // (n_tokens * hidden.element_size()) // 256 * 256)
-    workspace = hidden.new_empty(n_tokens, min(width, triton.cdiv(vocab_size, 256) * 256))
+    workspace = hidden.new_empty(n_tokens, min(width, cdiv(vocab_size, 256) * 256))
     total = None if dhidden is None else torch.zeros_like(hidden, dtype=torch.float32)
     for first in range(0, vocab_size, width):
         columns = slice(first, min(first + width, vocab_size))
@@ -766,6 +788,20 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
 _forward_op.register_autograd(_backward, setup_context=_save_for_backward)
 
 
+class _Eager(torch.autograd.Function):
+    """The operator where nothing traces it: the ways of torch.library take 0.15 ms more of the host, in which a device
+    that had to be waited for has nothing to do."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        real = type(inputs[0]) in (Tensor, torch.nn.Parameter)  # and no FakeTensor
+        outputs = (_forward if real else _forward_op)(*inputs)
+        _save_for_backward(ctx, inputs, outputs)
+        return outputs
+
+    backward = staticmethod(once_differentiable(_backward))
+
+
 def linear_logprob(
     hidden: Tensor,  # (N, H)
     weight: Tensor,  # (V, H)
@@ -788,7 +824,8 @@ def linear_logprob(
         tolerances = [t for t, need in zip(options.grad_tolerance, trained, strict=True) if need]
         tolerance = min(tolerances) if tolerances else 0.0  # torch.compile knows no min(…, default=…)
     seed = torch.as_tensor(options.seed, device="cpu")
-    logprobs, _, values, *_ = _forward_op(
+    operator = _forward_op if torch.compiler.is_compiling() else _Eager.apply
+    logprobs, _, values, *_ = operator(
         hidden, weight, bias, targets, *transform, ",".join(stats), options.ignore_index, tolerance, seed
     )
     outputs = dict(zip(stats, values.detach(), strict=True))
@@ -836,7 +873,7 @@ def aot_signatures(arch: str) -> Iterator[Specialization]:
         bound_types = {
             **dict.fromkeys(("hidden", "weight"), f"*{dtype}"),
             **dict.fromkeys(("partials", "bounds"), "*fp32"),
-            **{"targets": "*i64", "is_seed": "*i1"},
+            **{"targets": "*i64", "frequent": "*i64", "counts": "*i32"},
         }
         constants = {"bias": None, "HAS_SOFTCAP": False, **LOWER_BOUND_BLOCKS, "BLOCK_SPLITS": 16}
         yield specialize(f"lower_bound_{dtype}", _lower_bound_kernel, SMALL, bound_types, constants)

@@ -24,8 +24,10 @@ from .tiles import (
     SYNCHRONIZES,
     VARYING_SIZES,
     Specialization,
+    cdiv,
     kernel_operands,
     merge_splits,
+    next_power_of_2,
     on_device,
     specialize,
 )
@@ -99,9 +101,9 @@ def _log_ratio_op(
         ref_scored, ref_weight.contiguous(), ref_bias, scored_targets, (ref_scale, ref_softcap)
     )
     n_splits, ref_splits = partials.shape[1], ref_partials.shape[1]
-    block_splits = triton.next_power_of_2(max(n_splits, ref_splits))
+    block_splits = next_power_of_2(max(n_splits, ref_splits))
     block_n = max(16, 2048 // block_splits)
-    _log_ratio_kernel[(triton.cdiv(n_tokens, block_n),)](
+    _log_ratio_kernel[(cdiv(n_tokens, block_n),)](
         partials,
         target_logits,
         ref_partials,

@@ -38,21 +38,29 @@ from .tiles import (
     SMALL,
     VARYING_SIZES,
     Specialization,
+    cdiv,
     dot_precision,
     grad_of_product,
     has_tma,
     in_groups,
     load_tile,
+    next_power_of_2,
     operand,
     operand_type,
     specialize,
     tma_available,
 )
 
-BLOCKS_PER_CHUNK = 2  # of the forward's token blocks: wider chunks need more columns, narrower ones more traffic
+# Of the forward's token blocks, under a frozen head and a trained one: wider chunks need more columns, narrower ones
+# more visits to each row of dweight.
+BLOCKS_PER_CHUNK = (1, 2)
 SEGMENT = 2048  # of the vocabulary, for which one program draws the columns
 WORKSPACE_BYTES = 256 << 20  # of ∂loss/∂logits on the kept columns; more where that saves an fp32 copy of dweight
 MAX_SHARE = 0.25  # of the vocabulary, on average: over it the exact gradient is as fast
+# What is launched before the host knows how many columns were drawn has room for so many, of the vocabulary and in
+# bytes of ∂loss/∂logits: of 8,192 tokens of Llama 3 about a twenty-fifth is drawn. With less room it would be in vain.
+FIRST_SHARES = (1 / 16, 1 / 8)
+FIRST_BYTES = 160 << 20
 SEED_SHARE = 32  # one in so many columns, the most frequent targets, gives the first bound of the log-sum-exp
 # ε is looked for among 2 √(budget / V), which never is too large since a summand of the error is at most ε²/4, and its
 # products with powers of √2: with text and synthetic inputs it is 3 to 6 times as large.
@@ -70,6 +78,7 @@ class Operands(NamedTuple):
     token_factors: Tensor  # (3, n)
     transform: tuple[float, float | None]
     targets: Tensor  # (n,)
+    blocks: int  # of the forward's, in a chunk
     chunk: int  # C
     tile: int  # of slots: sampled_grad_logits' block_v
 
@@ -81,7 +90,19 @@ class Slots(NamedTuple):
     weights: Tensor  # (S,), fp32, 1/π; 0 in padding
     ranks: Tensor | None  # (chunks, V), int32: a column's place among its chunk's, or −1; None where not needed
     first_slots: Tensor  # (chunks + 1,), int32: where the chunks' slots begin
-    bounds: list[int]  # the same
+    first: int  # the first of them: the slot that columns and weights begin with
+    most_tiles: int  # that a chunk has, or more
+
+
+class Gradients(NamedTuple):
+    """Where they go, None where not needed, and what dhidden still takes."""
+
+    dhidden: Tensor | None  # (N, H)
+    dweight: Tensor | None  # (V, H)
+    dbias: Tensor | None  # (V,)
+    rows: Tensor | None  # (n,): of dhidden; None for all in order
+    center: Tensor | None  # (H,), fp32
+    unit: Tensor | None  # (), fp32: what the gradients are to be multiplied with
 
 
 class Expected(NamedTuple):
@@ -160,6 +181,7 @@ def _select_kernel(
     seed_high,
     stream,
     counted,
+    room,  # S: nothing is written there where the draw needs more
     BLOCKS: tl.constexpr,
     CANDIDATES: tl.constexpr,
     SEGMENTS: tl.constexpr,
@@ -205,16 +227,18 @@ def _select_kernel(
         tl.store(own + stride + segment, tl.sum(tl.where(inside, keep, 0.0), 0))
         tl.store(own + 2 * stride + segment, tl.sum(tl.maximum(scores * (epsilon - scores), 0.0), 0))
     else:
+        end = tl.where(tl.load(first_slots + n_chunks) <= room, vocab_size, 0)
+        written = drawn & (columns < end)
         counts = tl.load(own + segments, mask=exists, other=0.0).to(tl.int32)
         rank = tl.sum(tl.where(segments < segment, counts, 0), 0) + tl.cumsum(drawn.to(tl.int32), 0) - 1
         first = tl.load(first_slots + chunk)
-        tl.store(kept + first + rank, columns, mask=drawn)
-        tl.store(weights + first + rank, 1.0 / tl.where(drawn, keep, 1.0), mask=drawn)
+        tl.store(kept + first + rank, columns, mask=written)
+        tl.store(weights + first + rank, 1.0 / tl.where(drawn, keep, 1.0), mask=written)
         if ranks is not None:
             tl.store(ranks + tl.cast(chunk, tl.int64) * vocab_size + columns, tl.where(drawn, rank, -1), mask=inside)
         count = tl.sum(counts, 0)
         padding = count + tl.arange(0, TILE)
-        missing = padding < tl.where(segment == 0, tl.cdiv(count, TILE) * TILE, 0)
+        missing = padding < tl.where(segment * SEGMENT < min(end, 1), tl.cdiv(count, TILE) * TILE, 0)
         tl.store(kept + first + padding, tl.zeros_like(padding) + vocab_size, mask=missing)
         tl.store(weights + first + padding, tl.zeros(padding.shape, tl.float32), mask=missing)
 
@@ -232,8 +256,10 @@ def _sampled_grad_logits_kernel(
     grad_logits,  # (S, C): transposed, so that a column's gradients lie together
     tile_sums,  # (S / BLOCK_V, C), fp32: each token's sum over a tile's slots
     n_tokens,
+    n_chunks,
     first_slot,  # that is the first of columns, weights and grad_logits
     most_tiles,  # of a chunk
+    room,  # S: nothing is computed where the chunks have more slots
     vocab_size,
     hidden_size,
     scale,
@@ -249,10 +275,11 @@ def _sampled_grad_logits_kernel(
     """∂loss/∂x on a tile of a chunk's slots, divided by π."""
     token_blocks = CHUNK // BLOCK_N
     # Chunks have many columns in common, about equally far along in each, as a chunk's ascend.
-    block, tile = in_groups(tl.program_id(0), tl.num_programs(0) // most_tiles, most_tiles)
+    block, tile = in_groups(tl.program_id(0), n_chunks * token_blocks, most_tiles)
     chunk, within = block // token_blocks, block % token_blocks * BLOCK_N
     chunk_slot = tl.load(first_slots + chunk)
-    if chunk_slot + tile * BLOCK_V >= tl.load(first_slots + chunk + 1):
+    none_left = chunk_slot + tile * BLOCK_V >= tl.load(first_slots + chunk + 1)
+    if none_left | (tl.load(first_slots + n_chunks) - first_slot > room):
         return
     first_token = chunk * CHUNK + within
     slot = chunk_slot - first_slot + tile * BLOCK_V
@@ -292,7 +319,9 @@ def _sampled_dhidden_kernel(
     dhidden,  # (N, H)
     unit,  # (), fp32, or None: what the gradient is to be multiplied with
     n_tokens,
+    n_chunks,
     first_slot,  # that is the first of columns and grad_logits
+    room,  # S: nothing is computed where the chunks have more slots
     vocab_size,
     hidden_size,
     PRECISION: tl.constexpr,
@@ -303,6 +332,8 @@ def _sampled_dhidden_kernel(
     BLOCK_H: tl.constexpr,
 ):
     """A tile of dhidden = Σ over the chunk's slots of grad_logitsᵀ · W."""
+    if tl.load(first_slots + n_chunks) - first_slot > room:
+        return
     token_blocks = CHUNK // BLOCK_N
     hidden_blocks = tl.cdiv(hidden_size, BLOCK_H)
     program = tl.program_id(0)
@@ -352,12 +383,14 @@ def _sampled_dweight_kernel(
     first_slots,  # (chunks + 1,)
     tile_chunks,  # (⌈V / BLOCK_V⌉, chunks), int32: the chunks that keep any of a tile's columns, first
     tile_counts,  # (⌈V / BLOCK_V⌉,), int32: how many they are
+    slot_sums,  # (S,), fp32: each slot's sum over its chunk's tokens; where dbias is not None
     dweight,  # (V, H) or None
     dbias,  # (V,) or None
     unit,  # (), fp32, or None
     n_tokens,
     n_chunks,
     first_slot,  # that is the first of grad_logits
+    room,  # S: nothing is computed where the chunks have more slots
     vocab_size,
     hidden_size,
     ACCUMULATE: tl.constexpr,
@@ -368,6 +401,8 @@ def _sampled_dweight_kernel(
     BLOCK_H: tl.constexpr,
 ):
     """A tile of dweight = Σ over the chunks that keep its columns of grad_logits · hidden."""
+    if tl.load(first_slots + n_chunks) - first_slot > room:
+        return
     hidden_blocks = tl.cdiv(hidden_size, BLOCK_H)
     tile = tl.program_id(0) // hidden_blocks
     entries = tile * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -384,6 +419,10 @@ def _sampled_dweight_kernel(
         rank = tl.load(ranks + tl.cast(chunk, tl.int64) * vocab_size + ids, mask=exists, other=-1)
         kept = rank >= 0
         slots = (tl.load(first_slots + chunk) - first_slot + rank).to(tl.int64)
+        if dbias is not None:
+            # Not from g: Triton 3.6 gives rows that also go elsewhere one buffer too few for a product on Hopper, and
+            # overwrites what it still reads.
+            sums += tl.load(slot_sums + slots, mask=kept, other=0.0)
         for k in tl.range(0, CHUNK, BLOCK_N):
             within = k + tl.arange(0, BLOCK_N)
             tokens = chunk * CHUNK + within
@@ -394,8 +433,6 @@ def _sampled_dweight_kernel(
                 other=0.0,
             )
             total = tl.dot(g, h, total, input_precision=PRECISION)
-            if dbias is not None:
-                sums += tl.sum(g.to(tl.float32), 1)
 
     if unit is not None:
         total *= tl.load(unit)
@@ -416,35 +453,98 @@ def _sampled_dweight_kernel(
 def frequent_columns(
     targets: Tensor,  # (n,)
     vocab_size: int,
-) -> Tensor:
-    """The vocabulary entries, one in SEED_SHARE, that are targets most often."""
+) -> tuple[Tensor, Tensor]:
+    """The vocabulary entries, one in SEED_SHARE, that are targets most often, and how often each entry is, (V,)."""
     counts = targets.new_zeros(vocab_size, dtype=torch.int32)
-    counts.scatter_add_(0, targets.long().clamp(0, vocab_size - 1), torch.ones_like(targets, dtype=torch.int32))
-    return counts.argsort(descending=True, stable=True)[: max(1, vocab_size // SEED_SHARE)]
+    counts.scatter_(0, targets.clamp(0, vocab_size - 1), 1, reduce="add")
+    return counts.argsort(descending=True, stable=True)[: max(1, vocab_size // SEED_SHARE)], counts
 
 
-def draw_slots(
+def sampled_gradients(
     operands: Operands,
     column_sq: Tensor,  # (blocks, V): Σ_t p_tv² over a block's tokens, infinite for the target of any
     grad: Tensor,  # (n,)
     logprobs: Tensor,  # (n,)
     tolerance: float,
     seed: int,
-    train_head: bool,
-) -> tuple[Slots | None, Tensor]:
-    """Draw the columns of each chunk, none where so many are needed that the exact gradient is as fast.
+    gradients: Gradients,
+) -> tuple[float, float, int, int]:
+    """Draw the columns of each chunk and write the gradients that they give.
 
-    Beside them columns_kept, estimated_error, dense_chunks and chunks (GradReport), (4,) float64 on the CPU.
+    Returns columns_kept, estimated_error, dense_chunks and chunks (GradReport). Where so many columns are needed that
+    the exact gradient is as fast, all chunks are dense, and the gradients are still to be computed.
+
+    ∂loss/∂logits stands in memory for as many chunks as the workspace holds. How many these are, the host learns only
+    when the draw is over, and the device would wait for it and for all that it has to launch then: what mostly has
+    room enough is launched before, and only where it had not, the chunks are taken group by group.
+    """
+    train_head = gradients.dweight is not None or gradients.dbias is not None
+    chunk, tile, vocab_size = operands.chunk, operands.tile, len(operands.weight)
+    write, first_slots, ranks, totals = _plan(operands, column_sq, grad, logprobs, tolerance, seed, train_head)
+    n_chunks = len(first_slots) - 1
+    known = _copy_to_host(totals)
+
+    slot_bytes = chunk * operands.hidden.itemsize
+    first_tiles = min(int(FIRST_SHARES[1] * vocab_size), FIRST_BYTES // (slot_bytes * n_chunks)) // tile
+    room = n_chunks * first_tiles * tile if first_tiles * tile >= FIRST_SHARES[0] * vocab_size else 0
+    most_tiles = 2 * first_tiles
+    if room:
+        slots = Slots(*write(first_slots, room), ranks, first_slots, 0, most_tiles)
+        _write_gradients(operands, slots, _workspace(operands, room), gradients)
+
+    total, share, error_sq, *floats = known()
+    # Whether to sample at all must not depend on the draw, which then would be one of those with few columns.
+    if share > MAX_SHARE * n_chunks * vocab_size:
+        return 1.0, 0.0, n_chunks, n_chunks
+    bounds = [int(bound) for bound in floats]
+    if not room or bounds[-1] > room or _most_tiles(bounds, tile) > most_tiles:
+        slots = Slots(*write(first_slots, bounds[-1]), ranks, first_slots, 0, _most_tiles(bounds, tile))
+        _write_in_groups(operands, slots, bounds, gradients)
+    return total / (n_chunks * vocab_size), tolerance * error_sq**0.5, 0, n_chunks
+
+
+def _copy_to_host(values: Tensor) -> Callable[[], list[float]]:
+    """Queue the copy; what is returned waits for it, and for nothing that is queued later."""
+    if values.device.type == "cpu":
+        return values.tolist
+    copy = values.to("cpu", non_blocking=True)  # which is pinned
+    copied = torch.get_device_module(values.device).Event()
+    copied.record()
+
+    def wait() -> list[float]:
+        copied.synchronize()
+        return copy.tolist()
+
+    return wait
+
+
+def _most_tiles(bounds: list[int], tile: int) -> int:
+    return max(end - start for start, end in pairwise(bounds)) // tile
+
+
+def _plan(
+    operands: Operands,
+    column_sq: Tensor,  # (blocks, V)
+    grad: Tensor,  # (n,)
+    logprobs: Tensor,  # (n,)
+    tolerance: float,
+    seed: int,
+    train_head: bool,
+) -> tuple[Write, Tensor, Tensor | None, Tensor]:
+    """What writes a draw's columns, its first_slots and, for a trained head, its ranks, which are written then.
+
+    Last what the host has to know, in fp32, in which whole tiles are exact: the columns drawn, how many were expected,
+    the squared error that is expected relative to the tolerance, and first_slots.
     """
     (n_blocks, vocab_size), chunk, tile = column_sq.shape, operands.chunk, operands.tile
-    n_chunks = triton.cdiv(n_blocks, BLOCKS_PER_CHUNK)
+    n_chunks = cdiv(n_blocks, operands.blocks)
 
     # Only ratios matter, so the largest gradient may be 1, which keeps its square in fp32's range.
     largest = torch.linalg.vector_norm(grad, torch.inf).clamp_min(1e-30)
     padding = (0, n_chunks * chunk - len(grad))
     grad_sq, miss_sq = (pad(x.square(), padding) for x in (grad / largest, torch.expm1(logprobs)))
     # Within a block the largest upstream gradient stands for all: tokens of one sequence share theirs.
-    block_weights = grad_sq.view(n_chunks * BLOCKS_PER_CHUNK, -1).amax(1)
+    block_weights = grad_sq.view(n_chunks * operands.blocks, -1).amax(1)
     budgets = (grad_sq * miss_sq).view(n_chunks, chunk).nansum(1) * tolerance**2
     allowed, head_error = budgets.sum(), budgets.new_zeros(())
     if train_head:
@@ -458,16 +558,8 @@ def draw_slots(
     # More than is allowed by roundings alone, since where head_error was, the budgets were cut by it.
     drawn_error = expected.errors.nansum() / allowed.clamp_min(1e-30)
     error = torch.maximum(drawn_error, head_error.nan_to_num(0.0)).clamp_max(1.0)
-    # The one synchronization, for what launches and buffers need. As fp32, in which whole tiles are exact.
     totals = torch.stack([expected.counts.sum(), expected.shares.sum(), error])
-    total, share, error_sq, *bounds = torch.cat([totals, first_slots]).tolist()
-    # Whether to sample at all must not depend on the draw, which then would be one of those with few columns.
-    if share > MAX_SHARE * n_chunks * vocab_size:
-        return None, torch.tensor([1, 0, n_chunks, n_chunks], dtype=torch.float64, device="cpu")
-    report = [total / (n_chunks * vocab_size), tolerance * error_sq**0.5, 0, n_chunks]
-    bounds = [int(bound) for bound in bounds]
-    slots = Slots(*write(first_slots, bounds[-1]), ranks, first_slots, bounds)
-    return slots, torch.tensor(report, dtype=torch.float64, device="cpu")
+    return write, first_slots, ranks, torch.cat([totals, first_slots])
 
 
 def _draw(
@@ -481,20 +573,20 @@ def _draw(
 ) -> tuple[Expected, Write]:
     """What the draw keeps, counted, and what writes it where it is told to."""
     (n_blocks, vocab_size), n_chunks = column_sq.shape, len(budgets)
-    n_segments = triton.cdiv(vocab_size, SEGMENT)
-    sizes = {"BLOCKS": BLOCKS_PER_CHUNK, "CANDIDATES": CANDIDATES, "SEGMENT": SEGMENT}
+    n_segments = cdiv(vocab_size, SEGMENT)
+    sizes = {"BLOCKS": len(block_weights) // n_chunks, "CANDIDATES": CANDIDATES, "SEGMENT": SEGMENT}
     errors = budgets.new_empty(n_chunks, CANDIDATES, n_segments)
     scores = (column_sq, block_weights, budgets, errors)
     grid = (n_chunks * n_segments,)
     _errors_kernel[grid](*scores, n_blocks, vocab_size, n_segments, **sizes)
     sums = budgets.new_empty(3, n_chunks, n_segments)
     low, high = (word - (1 << 32) * (word >> 31) for word in (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF))
-    sizes |= {"SEGMENTS": triton.next_power_of_2(n_segments), "TILE": tile}
+    sizes |= {"SEGMENTS": next_power_of_2(n_segments), "TILE": tile}
 
     def select(counted: int, first_slots: Tensor, columns: Tensor, weights: Tensor) -> None:
         _select_kernel[grid](
             *(*scores, sums, first_slots, columns, weights, ranks),
-            *(n_blocks, vocab_size, n_segments, low, high, stream, counted),
+            *(n_blocks, vocab_size, n_segments, low, high, stream, counted, len(columns)),
             **sizes,
         )
 
@@ -529,7 +621,7 @@ def _head_error(
         return torch.arange(0, (n_chunks + 1) * step, step, dtype=torch.int32, device=hidden.device)
 
     # How many columns were drawn is not known here without a synchronization: room for all.
-    room = triton.cdiv(len(operands.weight), tile) * tile
+    room = cdiv(len(operands.weight), tile) * tile
     drawn = [values.view(n_chunks, room) for values in write(spaced(room), n_chunks * room)]
     kept = expected.counts[:, None]
     picked = (kept * ((torch.arange(tile, dtype=torch.float32, device=hidden.device) + 0.5) / tile)).long()
@@ -539,9 +631,9 @@ def _head_error(
         for values, none in zip(drawn, (len(operands.weight), 1.0), strict=True)
     )
     del drawn
-    slots = Slots(columns.flatten(), weights.flatten(), None, spaced(tile), [*range(0, (n_chunks + 1) * tile, tile)])
+    slots = Slots(columns.flatten(), weights.flatten(), None, spaced(tile), first=0, most_tiles=1)
     grad_logits, tile_sums = hidden.new_empty(n_chunks * tile, chunk), weights.new_empty(n_chunks, chunk)
-    _grad_logits(operands, slots, slice(0, n_chunks), grad_logits, tile_sums)
+    _grad_logits(operands, slots, grad_logits, tile_sums)
 
     generator = torch.Generator(hidden.device).manual_seed(0)
     shape = (hidden.shape[1], SKETCH)
@@ -559,33 +651,31 @@ def _head_error(
 def _grad_logits(
     operands: Operands,
     slots: Slots,
-    chunks: slice,
-    out: Tensor,  # (slots, C)
+    out: Tensor,  # (S, C)
     tile_sums: Tensor,  # (tiles, C), fp32
 ) -> None:
-    """Write ∂loss/∂logits / π for the slots of some chunks."""
-    tokens = slice(chunks.start * operands.chunk, chunks.stop * operands.chunk)
-    hidden = operands.hidden[tokens]
+    """Write ∂loss/∂logits / π for the slots of all chunks."""
+    hidden, n_chunks = operands.hidden, len(slots.first_slots) - 1
     n_tokens, hidden_size = hidden.shape
     scale, softcap = operands.transform
     config = configs.lookup("sampled_grad_logits", configs.architecture(hidden.device), hidden.dtype, hidden_size)
-    bounds = slots.bounds[chunks.start : chunks.stop + 1]
-    most_tiles = max(end - start for start, end in pairwise(bounds)) // operands.tile
     tma = tma_available(hidden)
-    _sampled_grad_logits_kernel[((chunks.stop - chunks.start) * most_tiles * (operands.chunk // config.block_n),)](
+    _sampled_grad_logits_kernel[(n_chunks * slots.most_tiles * (operands.chunk // config.block_n),)](
         operand(hidden, [config.block_n, config.block_h], tma),
         operands.weight,
         operands.bias,
-        slots.columns[bounds[0] :],
-        slots.weights[bounds[0] :],
-        slots.first_slots[chunks.start :],
-        operands.targets[tokens],
-        operands.token_factors[:, tokens].contiguous(),
+        slots.columns,
+        slots.weights,
+        slots.first_slots,
+        operands.targets,
+        operands.token_factors,
         out,
         tile_sums,
         n_tokens,
-        bounds[0],
-        most_tiles,
+        n_chunks,
+        slots.first,
+        slots.most_tiles,
+        len(out),
         len(operands.weight),
         hidden_size,
         scale,
@@ -598,93 +688,122 @@ def _grad_logits(
     )
 
 
-def sampled_gradients(
-    operands: Operands,
-    slots: Slots,
-    center: Tensor,  # (H,)
-    unit: Tensor | None,  # ()
-    rows: Tensor | None,  # (n,)
-    gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
-) -> None:
-    """Write dhidden (N, H) at ``rows``, dweight (V, H) and dbias (V,), each where it is not None.
+def _workspace(operands: Operands, n_slots: int) -> tuple[Tensor, Tensor]:
+    """Room for ∂loss/∂logits, (S, C), and for each token's sums over tiles, (tiles, C), fp32."""
+    new_empty, chunk = operands.hidden.new_empty, operands.chunk
+    return new_empty(n_slots, chunk), new_empty(n_slots // operands.tile, chunk, dtype=torch.float32)
 
-    ∂loss/∂logits stands in memory for as many chunks as the workspace holds. Where that is not all of them, dweight and
-    dbias accumulate in fp32 beside the results.
+
+def _write_in_groups(operands: Operands, slots: Slots, bounds: list[int], gradients: Gradients) -> None:
+    """The gradients of as many chunks at a time as the workspace holds.
+
+    Where that is not all of them, dweight and dbias accumulate in fp32 beside the results.
     """
-    hidden, weight, chunk, bounds = operands.hidden, operands.weight, operands.chunk, slots.bounds
-    dtype, (vocab_size, hidden_size) = hidden.dtype, weight.shape
-    dhidden, *results = gradients
-    dhidden_config, dweight_config = (
-        configs.lookup(name, configs.architecture(hidden.device), dtype, hidden_size)
-        for name in ("sampled_dhidden", "sampled_dweight")
-    )
-    precision = dot_precision()
+    chunk, weight = operands.chunk, operands.weight
+    results = gradients.dweight, gradients.dbias
     # Several groups would accumulate dweight in fp32: a workspace of that size costs no more and saves the passes.
     budget = WORKSPACE_BYTES if results[0] is None else max(WORKSPACE_BYTES, 4 * weight.numel())
-    groups = chunk_groups(bounds, budget // (chunk * dtype.itemsize))
+    groups = chunk_groups(bounds, budget // (chunk * operands.hidden.itemsize))
     accumulate = len(groups) > 1
-    dweight, dbias = (torch.zeros_like(g, dtype=torch.float32) if accumulate and g is not None else g for g in results)
-    n_most = max(bounds[chunks.stop] - bounds[chunks.start] for chunks in groups)
-    workspace = hidden.new_empty(n_most, chunk)
-    tile_sums = hidden.new_empty(n_most // operands.tile, chunk, dtype=torch.float32)
+    if accumulate:
+        dweight, dbias = (None if g is None else torch.zeros_like(g, dtype=torch.float32) for g in results)
+        gradients = gradients._replace(dweight=dweight, dbias=dbias)
+    workspace = _workspace(operands, max(bounds[chunks.stop] - bounds[chunks.start] for chunks in groups))
     for chunks in groups:
         tokens = slice(chunks.start * chunk, chunks.stop * chunk)
-        h, n_chunks, first_slot = hidden[tokens], chunks.stop - chunks.start, bounds[chunks.start]
-        first_slots = slots.first_slots[chunks.start :]
-        _grad_logits(operands, slots, chunks, workspace, tile_sums)
-        if dhidden is not None:
-            config = dhidden_config
-            n_blocks = n_chunks * (chunk // config.block_n)
-            _sampled_dhidden_kernel[(n_blocks * triton.cdiv(hidden_size, config.block_h),)](
-                workspace,
-                weight,
-                slots.columns[first_slot:],
-                first_slots,
-                tile_sums,
-                center if operands.transform[1] is None else None,
-                None if rows is None else rows[tokens],
-                dhidden if rows is not None else dhidden[tokens],
-                unit,
-                len(h),
-                first_slot,
-                vocab_size,
-                hidden_size,
-                PRECISION=precision,
-                CHUNK=chunk,
-                TILE=operands.tile,
-                **config.launch,
-            )
-        if slots.ranks is not None:
-            config = dweight_config
-            ranks = slots.ranks[chunks]
-            order, tile_chunks, tile_counts = order_by_chunks(ranks, config.block_v)
-            _sampled_dweight_kernel[
-                (triton.cdiv(vocab_size, config.block_v) * triton.cdiv(hidden_size, config.block_h),)
-            ](
-                workspace,
-                h,
-                order,
-                ranks,
-                first_slots,
-                tile_chunks,
-                tile_counts,
-                dweight,
-                dbias,
-                unit,
-                len(h),
-                n_chunks,
-                first_slot,
-                vocab_size,
-                hidden_size,
-                ACCUMULATE=accumulate,
-                PRECISION=precision,
-                CHUNK=chunk,
-                **config.launch,
-            )
+        own = bounds[chunks.start : chunks.stop + 1]
+        _write_gradients(
+            operands._replace(
+                hidden=operands.hidden[tokens],
+                token_factors=operands.token_factors[:, tokens].contiguous(),
+                targets=operands.targets[tokens],
+            ),
+            Slots(
+                columns=slots.columns[own[0] : own[-1]],
+                weights=slots.weights[own[0] : own[-1]],
+                ranks=None if slots.ranks is None else slots.ranks[chunks],
+                first_slots=slots.first_slots[chunks.start : chunks.stop + 1],
+                first=own[0],
+                most_tiles=_most_tiles(own, operands.tile),
+            ),
+            workspace,
+            gradients._replace(
+                dhidden=gradients.dhidden
+                if gradients.rows is not None or gradients.dhidden is None
+                else gradients.dhidden[tokens],
+                rows=None if gradients.rows is None else gradients.rows[tokens],
+            ),
+            accumulate,
+        )
     if accumulate:
-        for result, total in zip(results, (dweight, dbias), strict=True):
+        for result, total in zip(results, (gradients.dweight, gradients.dbias), strict=True):
             if result is not None and total is not None:
                 result.copy_(total)
+
+
+def _write_gradients(
+    operands: Operands,
+    slots: Slots,
+    workspace: tuple[Tensor, Tensor],
+    gradients: Gradients,
+    accumulate: bool = False,
+) -> None:
+    """Write dhidden of these chunks, and dweight and dbias, or add to them. Nothing where the workspace has no room."""
+    hidden, weight, chunk = operands.hidden, operands.weight, operands.chunk
+    (vocab_size, hidden_size), n_chunks = weight.shape, len(slots.first_slots) - 1
+    grad_logits, tile_sums = workspace
+    _grad_logits(operands, slots, grad_logits, tile_sums)
+    arch, precision = configs.architecture(hidden.device), dot_precision()
+    if gradients.dhidden is not None:
+        config = configs.lookup("sampled_dhidden", arch, hidden.dtype, hidden_size)
+        n_blocks = n_chunks * (chunk // config.block_n)
+        _sampled_dhidden_kernel[(n_blocks * cdiv(hidden_size, config.block_h),)](
+            grad_logits,
+            weight,
+            slots.columns,
+            slots.first_slots,
+            tile_sums,
+            gradients.center,
+            gradients.rows,
+            gradients.dhidden,
+            gradients.unit,
+            len(hidden),
+            n_chunks,
+            slots.first,
+            len(grad_logits),
+            vocab_size,
+            hidden_size,
+            PRECISION=precision,
+            CHUNK=chunk,
+            TILE=operands.tile,
+            **config.launch,
+        )
+    if slots.ranks is not None:
+        config = configs.lookup("sampled_dweight", arch, hidden.dtype, hidden_size)
+        order, tile_chunks, tile_counts = order_by_chunks(slots.ranks, config.block_v)
+        _sampled_dweight_kernel[(cdiv(vocab_size, config.block_v) * cdiv(hidden_size, config.block_h),)](
+            grad_logits,
+            hidden,
+            order,
+            slots.ranks,
+            slots.first_slots,
+            tile_chunks,
+            tile_counts,
+            None if gradients.dbias is None else grad_logits.sum(1, dtype=torch.float32),
+            gradients.dweight,
+            gradients.dbias,
+            gradients.unit,
+            len(hidden),
+            n_chunks,
+            slots.first,
+            len(grad_logits),
+            vocab_size,
+            hidden_size,
+            ACCUMULATE=accumulate,
+            PRECISION=precision,
+            CHUNK=chunk,
+            **config.launch,
+        )
 
 
 def chunk_groups(bounds: list[int], limit: int) -> list[slice]:
@@ -724,30 +843,39 @@ def aot_signatures(arch: str) -> Iterator[Specialization]:
     tma = has_tma(arch)
     for bits, dtype in (("16", "bf16"), ("32", "fp32")):
         (_, forward_config), *_ = configs.entries("forward", arch, bits)
-        shared = {"PRECISION": "ieee", "CHUNK": BLOCKS_PER_CHUNK * forward_config.block_n}
-        matrices = dict.fromkeys(("weight", "hidden", "grad_logits", "dhidden", "dweight"), f"*{dtype}")
+        matrices = dict.fromkeys(("weight", "hidden", "grad_logits", "dhidden", "dweight", "dbias"), f"*{dtype}")
         vectors = {
             **dict.fromkeys(("columns", "first_slots", "order", "ranks", "tile_chunks", "tile_counts"), "*i32"),
-            **dict.fromkeys(("weights", "token_factors", "center", "tile_sums"), "*fp32"),
+            **dict.fromkeys(("weights", "token_factors", "center", "tile_sums", "slot_sums"), "*fp32"),
             **dict.fromkeys(("targets", "rows"), "*i64"),
         }
-        absent = dict.fromkeys(("bias", "dbias", "unit"))
-        for kernel, name, constexprs in (
-            (_sampled_grad_logits_kernel, "sampled_grad_logits", {"HAS_SOFTCAP": False, "TMA": tma}),
-            (_sampled_dhidden_kernel, "sampled_dhidden", {}),
-            (_sampled_dweight_kernel, "sampled_dweight", {"ACCUMULATE": False}),
+        frozen, trained = ({"CHUNK": blocks * forward_config.block_n} for blocks in BLOCKS_PER_CHUNK)
+        grad_logits = (_sampled_grad_logits_kernel, "sampled_grad_logits", {"HAS_SOFTCAP": False, "TMA": tma})
+        tile = configs.entries("sampled_grad_logits", arch, bits)[0][1].block_v
+        dhidden = (_sampled_dhidden_kernel, "sampled_dhidden", {"TILE": tile, "unit": None})
+        dweight = (_sampled_dweight_kernel, "sampled_dweight", {"ACCUMULATE": False, "unit": None})
+        for (kernel, name, constexprs), variant, constants in (
+            (grad_logits, "", {**frozen, "bias": None}),
+            (grad_logits, "_trained", {**trained, "bias": None}),
+            (dhidden, "", frozen),
+            (dhidden, "_trained", trained),
+            (dweight, "", {**trained, "slot_sums": None, "dbias": None}),
+            (dweight, "_bias", trained),
         ):
             for max_hidden, config in configs.entries(name, arch, bits):
                 types = {**matrices, **vectors}
-                constants = {**shared, **constexprs, **{a: None for a in absent if a in kernel.arg_names}}
                 if name == "sampled_grad_logits":
                     types["hidden"] = operand_type(dtype, config.block_n, config.block_h, tma)
-                if name == "sampled_dhidden":
-                    constants["TILE"] = configs.entries("sampled_grad_logits", arch, bits)[0][1].block_v
-                yield specialize(f"{name}_{dtype}_h{max_hidden or 'any'}", kernel, config, types, constants)
+                yield specialize(
+                    f"{name}{variant}_{dtype}_h{max_hidden or 'any'}",
+                    kernel,
+                    config,
+                    types,
+                    {"PRECISION": "ieee", **constexprs, **constants},
+                )
     floats = dict.fromkeys(("block_weights", "budgets", "errors", "sums", "weights"), "*fp32")
     types = {"column_sq": "*bf16", **floats, **dict.fromkeys(("first_slots", "kept", "ranks"), "*i32")}
-    sizes = {"BLOCKS": BLOCKS_PER_CHUNK, "CANDIDATES": CANDIDATES, "SEGMENT": SEGMENT}
+    sizes = {"BLOCKS": BLOCKS_PER_CHUNK[1], "CANDIDATES": CANDIDATES, "SEGMENT": SEGMENT}
     yield specialize("sampling_errors", _errors_kernel, SMALL, types, sizes)
     sizes |= {"SEGMENTS": 64, "TILE": 256}
     yield specialize("select_columns", _select_kernel, SMALL, types, sizes)

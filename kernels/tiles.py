@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .configs import Config
+from .configs import Config, architecture
 
 LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
 LN2: tl.constexpr = tl.constexpr(math.log(2.0))
@@ -25,8 +25,8 @@ TOKEN_BLOCKS_PER_GROUP: tl.constexpr = tl.constexpr(16)
 # Sizes that change from call to call: a specialization for each that happens to be 1 or a multiple of 16 would compile
 # kernels in the middle of a run.
 VARYING_SIZES = [
-    *("n_tokens", "n_rows", "vocab_size", "n_columns", "n_splits", "tiles_per_split", "first_id"),
-    *("n_blocks", "n_chunks", "n_segments", "first_slot", "most_tiles"),
+    *("n_tokens", "n_rows", "vocab_size", "n_columns", "n_splits", "tiles_per_split", "first_id", "n_frequent"),
+    *("n_blocks", "n_chunks", "n_segments", "first_slot", "most_tiles", "room"),
 ]
 
 # Of operators that look at values on the host, which a CUDA graph cannot capture.
@@ -142,6 +142,16 @@ def on_device(function: Callable[..., Result]) -> Callable[..., Result]:
     return guarded
 
 
+def cdiv(numerator: int, denominator: int) -> int:
+    """⌈numerator / denominator⌉ on the host, where triton.cdiv, which kernels can call too, takes 4 µs."""
+    return -(-numerator // denominator)
+
+
+def next_power_of_2(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+@cache
 def processors(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
@@ -152,10 +162,8 @@ def processors(device: torch.device) -> int:
 
 def tma_available(*operands: Tensor) -> bool:
     """Tensor memory access needs Hopper or later and rows of whole 16 bytes; the interpreter plays it as well."""
-    device = operands[0].device
-    if device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_capability(device) < (9, 0)):
-        return False
-    return device.type != "xpu" and all(
+    arch = architecture(operands[0].device)
+    return (has_tma(arch) or arch == "interpreter") and all(
         t.data_ptr() % 16 == 0 and t.shape[1] * t.element_size() % 16 == 0 for t in operands
     )
 

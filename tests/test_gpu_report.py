@@ -110,6 +110,10 @@ def test_what_is_compiled_is_what_is_launched(
             )
             stats.logprobs.sum().backward()
         pf.token_log_ratio(hidden, head, hidden, head, targets, backend="triton")
+        biased = pf.LMHead(weight, torch.zeros(160, device=device, requires_grad=True))
+        for other in (biased, pf.LMHead(weight.detach())):
+            again = pf.token_logprobs(hidden, other, targets, grad_tolerance=2.0**-3, backend="triton")
+            again.logprobs.sum().backward()
     cu_seqlens = torch.tensor([0, 15, 40], dtype=torch.int32, device=device)
     sequence_statistics(stats.logprobs, stats.mask, stats.log_sum_sq_probs, cu_seqlens)
 
@@ -152,6 +156,30 @@ def test_spills_by_loop(gpu_report: ModuleType) -> None:
     assert gpu_report._count(["STL", "HGMMA", "LDL", "BRA", "EXIT"], {3: 1}, {4})["spills_in_main_loops"] == 1
     # Without products every loop is a main loop.
     assert gpu_report._count(["STL", "LDL", "BRA", "EXIT"], {2: 1}, {3})["spills_in_main_loops"] == 1
+
+
+@pytest.mark.parametrize("buffers", [2, 3])
+def test_buffers_that_copies_overwrite(gpu_report: ModuleType, buffers: int) -> None:
+    """Two steps ahead of a product that still runs: a ring of two is back where it was."""
+    tile = "!ttg.memdesc<128x64xbf16, #shared, #smem, mutable>"
+    copies = "\n".join(
+        f"%{ring}_{step} = ttg.memdesc_index %{ring}[%c{step}] : -> {tile}\n"
+        f"%t_{ring}_{step} = ttg.async_copy_global_to_local %p, %{ring}_{step} mask %m : -> <128x64xbf16>"
+        for ring in ("g", "h", "other")
+        for step in range(2)
+    )
+    ttgir = f"""
+        %g = ttg.local_alloc : () -> !ttg.memdesc<{buffers}x128x64xbf16, #shared, #smem, mutable>
+        %h = ttg.local_alloc : () -> !ttg.memdesc<3x64x128xbf16, #shared, #smem, mutable>
+        %other = ttg.local_alloc : () -> !ttg.memdesc<2x64x128xbf16, #shared, #smem, mutable>
+        {copies}
+        scf.for %k = %c0 to %c4 {{
+        %now = ttg.memdesc_index %g[%k] : -> {tile}
+        %turned = ttg.memdesc_trans %h_1 : -> {tile}
+        %total = ttng.warp_group_dot %now, %turned, %sum {{isAsync = true}} : -> tensor<128x128xf32, #mma>
+        %next = ttg.async_copy_global_to_local %p, %g_1 mask %m : -> <128x64xbf16>
+    """
+    assert gpu_report._overwritten_buffers(ttgir) == (["%g"] if buffers == 2 else [])
 
 
 def test_checks_find_what_they_look_for(gpu_report: ModuleType) -> None:

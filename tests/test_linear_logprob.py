@@ -153,7 +153,7 @@ def many_chunks(
 ) -> tuple[Tensor, pf.LMHead, Tensor, Tensor]:
     """Three chunks of tokens, the last one partial, with concentrated probabilities and an upstream gradient."""
     chunk = (
-        sampled_grad.BLOCKS_PER_CHUNK
+        max(sampled_grad.BLOCKS_PER_CHUNK)
         * configs.lookup("forward", configs.architecture(torch.device(device)), torch.float32, 32).block_n
     )
     hidden, weight, targets = make_problem(5 * chunk // 2, 300, 32, dtype, device)
@@ -162,11 +162,21 @@ def many_chunks(
     return hidden.requires_grad_(), head, targets, torch.rand(len(targets), device=device)
 
 
-@pytest.mark.parametrize("workspace", [sampled_grad.WORKSPACE_BYTES, 1], ids=["chunks at once", "one by one"])
+# When a sampled gradient is launched: see sampled_gradients.
+LAUNCHES = {
+    "before the host knows": {"FIRST_SHARES": (0.0, 1.0)},
+    "again, for want of room": {"FIRST_SHARES": (0.0, 0.15)},
+    "after the host knows": {"FIRST_BYTES": 0},
+    "one by one": {"FIRST_BYTES": 0, "WORKSPACE_BYTES": 1},
+}
+
+
+@pytest.mark.parametrize("launched", ["before the host knows", "one by one"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_sampled_gradient(dtype: torch.dtype, workspace: int, device: str, always_sample: None, monkeypatch) -> None:
+def test_sampled_gradient(dtype: torch.dtype, launched: str, device: str, always_sample: None, monkeypatch) -> None:
     """Within its tolerance, another one for each seed, the same bits for the same seed, and right on average."""
-    monkeypatch.setattr(sampled_grad, "WORKSPACE_BYTES", workspace)
+    for name, value in LAUNCHES[launched].items():
+        monkeypatch.setattr(sampled_grad, name, value)
     bias = torch.randn(300, device=device, dtype=dtype).requires_grad_() if dtype == torch.float16 else None
     operands = many_chunks(device, dtype, bias)
     expected = gradients(pf.reference.token_logprobs, *operands)
@@ -176,6 +186,38 @@ def test_sampled_gradient(dtype: torch.dtype, workspace: int, device: str, alway
         assert max(errors) < 0.1 and min(errors) > 1e-4
         assert relative_error(sum(draw[name].double() for draw in draws[:3]) / 3, truth) < 0.8 * max(errors)
         assert torch.equal(draws[0][name], draws[3][name]) and not torch.equal(draws[0][name], draws[1][name])
+
+
+def test_a_sampled_gradient_is_the_same_whenever_it_is_launched(device: str, always_sample: None, monkeypatch) -> None:
+    """And with too little room at first nothing is written beyond it."""
+    operands = many_chunks(device, bias=torch.randn(300, device=device).requires_grad_())
+    operands[2][1::7] = -100
+    in_groups, write = [], sampled_grad._write_in_groups
+    monkeypatch.setattr(sampled_grad, "_write_in_groups", lambda *args: (in_groups.append(args), write(*args)))
+    empty = torch.Tensor.new_empty
+
+    def guarded(like: Tensor, *size: Any, **kwargs: Any) -> Tensor:
+        """Followed by memory that must stay as it is."""
+        if like.dtype == torch.bool:  # the interpreter's own
+            return empty(like, *size, **kwargs)
+        whole = empty(like, math.prod(size) + 64, **kwargs).fill_(77)
+        guards.append(whole[-64:])
+        return whole[:-64].view(size)
+
+    found: dict[str, dict[str, Tensor]] = {}
+    for launched, constants in LAUNCHES.items():
+        guards: list[Tensor] = []
+        with monkeypatch.context() as patches:
+            for name, value in constants.items():
+                patches.setattr(sampled_grad, name, value)
+            patches.setattr(torch.Tensor, "new_empty", guarded)
+            found[launched] = triton_gradients(*operands, tolerance=0.1)
+        assert len(in_groups) == len(found) - 1
+        assert guards and all((guard == 77).all() for guard in guards)
+    first, *others = found.values()
+    for other in others:
+        assert torch.equal(other["hidden"], first["hidden"])
+        assert all(relative_error(other[name], first[name]) < 1e-6 for name in first)
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-20])
