@@ -295,6 +295,8 @@ def _overwritten_buffers(ttgir: str) -> list[str]:
     ahead: Counter[str] = Counter()
     for copy in re.finditer(r"ttn?g\.async_\w*copy_global_to_local (.*)", ttgir[: dots[0].start() if dots else 0]):
         ahead.update({source[name] for name in re.findall(r"%\w+", copy[1]) if name in source})
+    if dots and not read & set(ahead):
+        return ["copies of its operands were not found"]
     return sorted(name for name, steps in ahead.items() if name in read and steps % rings.get(name, steps + 1) == 0)
 
 

@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import configs
 from .autograd import once_differentiable
@@ -59,6 +60,7 @@ MIN_SAMPLED_WORK = 4e11
 FP16_LARGEST = 256.0  # of ∂loss/∂logits: ample room above for 1/π · ∂loss/∂logits, and the most below
 LOWER_BOUND_BLOCKS = {"BLOCK_N": 8, "BLOCK_H": 256}
 WORKSPACE_BYTES = 128 << 20  # of ∂loss/∂logits that the backward holds at a time, for a range of the vocabulary
+ACCUMULATOR_BYTES = 256 << 20  # of dhidden in fp32, under a frozen head
 
 
 @triton.jit(do_not_specialize=VARYING_SIZES)
@@ -698,9 +700,20 @@ def _exact_gradients(
     weight and hidden in two library products, which reach the device's peak where a kernel that fuses either would
     have to recompute G for the other. A range holds all tokens, so its rows of dweight are complete after one product
     with an fp32 accumulator; dhidden accumulates over the ranges in fp32. No atomics: equal inputs give equal bits.
+
+    Under a frozen head nothing needs all tokens at once. Some at a time, that is fewer and wider ranges, over which a
+    smaller dhidden accumulates.
     """
     dhidden, dweight, dbias = gradients
     n_tokens, vocab_size = len(hidden), len(weight)
+    some = max(1, ACCUMULATOR_BYTES // (4 * hidden.shape[1]))
+    if dhidden is not None and dweight is None and dbias is None and n_tokens > some:
+        for first in range(0, n_tokens, some):
+            tokens = slice(first, first + some)
+            own_rows, own_dhidden = (None, dhidden[tokens]) if rows is None else (rows[tokens], dhidden)
+            own = (token_factors[:, tokens].contiguous(), transform, targets[tokens], unit, own_rows)
+            _exact_gradients(hidden[tokens], weight, bias, *own, (own_dhidden, None, None))
+        return
     width = max(256, WORKSPACE_BYTES // (n_tokens * hidden.element_size()) // 256 * 256)
     workspace = hidden.new_empty(n_tokens, min(width, cdiv(vocab_size, 256) * 256))
     total = None if dhidden is None else torch.zeros_like(hidden, dtype=torch.float32)
@@ -789,17 +802,27 @@ _forward_op.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 class _Eager(torch.autograd.Function):
-    """The operator where nothing traces it: the ways of torch.library take 0.15 ms more of the host, in which a device
-    that had to be waited for has nothing to do."""
+    """The operator where nobody looks for one: in the forward the ways of torch.library take 0.15 ms more of the host,
+    in which a device that had to be waited for has nothing to do. (During the backward it mostly has.)"""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        real = type(inputs[0]) in (Tensor, torch.nn.Parameter)  # and no FakeTensor
-        outputs = (_forward if real else _forward_op)(*inputs)
+        outputs = _forward(*inputs)
         _save_for_backward(ctx, inputs, outputs)
         return outputs
 
     backward = staticmethod(once_differentiable(_backward))
+
+
+def _is_looked_at(hidden: Tensor) -> bool:
+    """Whether a tracer, a mode (selective checkpointing, FakeTensorMode, …) or a transform is to see an operator."""
+    return (
+        torch.compiler.is_compiling()
+        or type(hidden) not in (Tensor, torch.nn.Parameter)
+        or is_in_torch_dispatch_mode()
+        or torch._C._are_functorch_transforms_active()
+        or torch.jit.is_tracing()
+    )
 
 
 def linear_logprob(
@@ -824,7 +847,7 @@ def linear_logprob(
         tolerances = [t for t, need in zip(options.grad_tolerance, trained, strict=True) if need]
         tolerance = min(tolerances) if tolerances else 0.0  # torch.compile knows no min(…, default=…)
     seed = torch.as_tensor(options.seed, device="cpu")
-    operator = _forward_op if torch.compiler.is_compiling() else _Eager.apply
+    operator = _forward_op if _is_looked_at(hidden) else _Eager.apply
     logprobs, _, values, *_ = operator(
         hidden, weight, bias, targets, *transform, ",".join(stats), options.ignore_index, tolerance, seed
     )

@@ -57,10 +57,11 @@ BLOCKS_PER_CHUNK = (1, 2)
 SEGMENT = 2048  # of the vocabulary, for which one program draws the columns
 WORKSPACE_BYTES = 256 << 20  # of ∂loss/∂logits on the kept columns; more where that saves an fp32 copy of dweight
 MAX_SHARE = 0.25  # of the vocabulary, on average: over it the exact gradient is as fast
-# What is launched before the host knows how many columns were drawn has room for so many, of the vocabulary and in
-# bytes of ∂loss/∂logits: of 8,192 tokens of Llama 3 about a twenty-fifth is drawn. With less room it would be in vain.
-FIRST_SHARES = (1 / 16, 1 / 8)
+# What is launched before the host knows how many columns were drawn has room for so many bytes of ∂loss/∂logits, and on
+# average for so large a share of the vocabulary; of 8,192 tokens a twenty-fifth is drawn from Llama 3's. Where there is
+# room for less than the least share, it would mostly be in vain.
 FIRST_BYTES = 160 << 20
+LEAST_FIRST_SHARE, MOST_FIRST_SHARE = 1 / 16, 1 / 8
 SEED_SHARE = 32  # one in so many columns, the most frequent targets, gives the first bound of the log-sum-exp
 # ε is looked for among 2 √(budget / V), which never is too large since a summand of the error is at most ε²/4, and its
 # products with powers of √2: with text and synthetic inputs it is 3 to 6 times as large.
@@ -95,14 +96,28 @@ class Slots(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Where they go, None where not needed, and what dhidden still takes."""
+    """Where the gradients go, None where not needed, and what goes into them beside the slots."""
 
     dhidden: Tensor | None  # (N, H)
     dweight: Tensor | None  # (V, H)
     dbias: Tensor | None  # (V,)
-    rows: Tensor | None  # (n,): of dhidden; None for all in order
-    center: Tensor | None  # (H,), fp32
-    unit: Tensor | None  # (), fp32: what the gradients are to be multiplied with
+    rows: Tensor | None  # (n,): the tokens' rows of dhidden; None for all in order
+    center: Tensor | None  # (H,), fp32: what is taken out of dhidden's sample
+    unit: Tensor | None  # (), fp32: what all of them are to be multiplied with
+
+
+Write = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # first_slots and S to columns and weights
+
+
+class Plan(NamedTuple):
+    """A draw that is counted and not written yet."""
+
+    write: Write
+    first_slots: Tensor  # (chunks + 1,), int32
+    ranks: Tensor | None  # (chunks, V), int32, for a trained head; to be written with the slots
+    # What the host is to know, (3 + chunks + 1,), in fp32, in which whole tiles are exact: the columns drawn, how many
+    # were expected, the squared error that is expected relative to the tolerance, and first_slots.
+    totals: Tensor
 
 
 class Expected(NamedTuple):
@@ -111,9 +126,6 @@ class Expected(NamedTuple):
     counts: Tensor  # columns kept
     shares: Tensor  # Σ π
     errors: Tensor  # Σ (1/π − 1) s²
-
-
-Write = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # first_slots and S to columns and weights
 
 
 @triton.jit
@@ -420,8 +432,8 @@ def _sampled_dweight_kernel(
         kept = rank >= 0
         slots = (tl.load(first_slots + chunk) - first_slot + rank).to(tl.int64)
         if dbias is not None:
-            # Not from g: Triton 3.6 gives rows that also go elsewhere one buffer too few for a product on Hopper, and
-            # overwrites what it still reads.
+            # Not from g: Triton 3.6 to 3.9 give rows that also go elsewhere one buffer too few for a product on Hopper,
+            # and overwrite what it still reads.
             sums += tl.load(slot_sums + slots, mask=kept, other=0.0)
         for k in tl.range(0, CHUNK, BLOCK_N):
             within = k + tl.arange(0, BLOCK_N)
@@ -451,10 +463,13 @@ def _sampled_dweight_kernel(
 
 
 def frequent_columns(
-    targets: Tensor,  # (n,)
+    targets: Tensor,  # (N,)
     vocab_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """The vocabulary entries, one in SEED_SHARE, that are targets most often, and how often each entry is, (V,)."""
+    """The vocabulary entries, one in SEED_SHARE, that are targets most often, and how often each entry is, (V,).
+
+    What is no entry counts as the first or the last.
+    """
     counts = targets.new_zeros(vocab_size, dtype=torch.int32)
     counts.scatter_(0, targets.clamp(0, vocab_size - 1), 1, reduce="add")
     return counts.argsort(descending=True, stable=True)[: max(1, vocab_size // SEED_SHARE)], counts
@@ -475,31 +490,35 @@ def sampled_gradients(
     the exact gradient is as fast, all chunks are dense, and the gradients are still to be computed.
 
     ∂loss/∂logits stands in memory for as many chunks as the workspace holds. How many these are, the host learns only
-    when the draw is over, and the device would wait for it and for all that it has to launch then: what mostly has
-    room enough is launched before, and only where it had not, the chunks are taken group by group.
+    when the draw is over, and the device would wait for it and for all that it has to launch then. So what mostly has
+    room enough is launched before. Where it had not, what it may have written is written again, group by group.
     """
     train_head = gradients.dweight is not None or gradients.dbias is not None
-    chunk, tile, vocab_size = operands.chunk, operands.tile, len(operands.weight)
-    write, first_slots, ranks, totals = _plan(operands, column_sq, grad, logprobs, tolerance, seed, train_head)
-    n_chunks = len(first_slots) - 1
-    known = _copy_to_host(totals)
+    tile, vocab_size = operands.tile, len(operands.weight)
+    plan = _plan(operands, column_sq, grad, logprobs, tolerance, seed, train_head)
+    n_chunks = len(plan.first_slots) - 1
+    known = _copy_to_host(plan.totals)
 
-    slot_bytes = chunk * operands.hidden.itemsize
-    first_tiles = min(int(FIRST_SHARES[1] * vocab_size), FIRST_BYTES // (slot_bytes * n_chunks)) // tile
-    room = n_chunks * first_tiles * tile if first_tiles * tile >= FIRST_SHARES[0] * vocab_size else 0
-    most_tiles = 2 * first_tiles
-    if room:
-        slots = Slots(*write(first_slots, room), ranks, first_slots, 0, most_tiles)
-        _write_gradients(operands, slots, _workspace(operands, room), gradients)
+    def slots(room: int, most_tiles: int) -> Slots:
+        columns, weights = plan.write(plan.first_slots, room)
+        return Slots(columns, weights, plan.ranks, plan.first_slots, first=0, most_tiles=most_tiles)
+
+    slot_bytes = operands.chunk * operands.hidden.itemsize
+    average_tiles = min(int(MOST_FIRST_SHARE * vocab_size), FIRST_BYTES // (slot_bytes * n_chunks)) // tile
+    room = n_chunks * average_tiles * tile
+    most_tiles = 2 * average_tiles  # of any chunk; programs without a tile return at once
+    ahead = average_tiles > 0 and average_tiles * tile >= LEAST_FIRST_SHARE * vocab_size
+    if ahead:
+        _write_gradients(operands, slots(room, most_tiles), _workspace(operands, room), gradients)
 
     total, share, error_sq, *floats = known()
     # Whether to sample at all must not depend on the draw, which then would be one of those with few columns.
     if share > MAX_SHARE * n_chunks * vocab_size:
         return 1.0, 0.0, n_chunks, n_chunks
     bounds = [int(bound) for bound in floats]
-    if not room or bounds[-1] > room or _most_tiles(bounds, tile) > most_tiles:
-        slots = Slots(*write(first_slots, bounds[-1]), ranks, first_slots, 0, _most_tiles(bounds, tile))
-        _write_in_groups(operands, slots, bounds, gradients)
+    needed = _most_tiles(bounds, tile)
+    if not ahead or bounds[-1] > room or needed > most_tiles:
+        _write_in_groups(operands, slots(bounds[-1], needed), bounds, gradients)
     return total / (n_chunks * vocab_size), tolerance * error_sq**0.5, 0, n_chunks
 
 
@@ -507,7 +526,7 @@ def _copy_to_host(values: Tensor) -> Callable[[], list[float]]:
     """Queue the copy; what is returned waits for it, and for nothing that is queued later."""
     if values.device.type == "cpu":
         return values.tolist
-    copy = values.to("cpu", non_blocking=True)  # which is pinned
+    copy = values.to("cpu", non_blocking=True)  # pinned, where torch can
     copied = torch.get_device_module(values.device).Event()
     copied.record()
 
@@ -530,17 +549,15 @@ def _plan(
     tolerance: float,
     seed: int,
     train_head: bool,
-) -> tuple[Write, Tensor, Tensor | None, Tensor]:
-    """What writes a draw's columns, its first_slots and, for a trained head, its ranks, which are written then.
-
-    Last what the host has to know, in fp32, in which whole tiles are exact: the columns drawn, how many were expected,
-    the squared error that is expected relative to the tolerance, and first_slots.
-    """
+) -> Plan:
+    """Steer the draw and count it: see the top of this file."""
     (n_blocks, vocab_size), chunk, tile = column_sq.shape, operands.chunk, operands.tile
     n_chunks = cdiv(n_blocks, operands.blocks)
 
+    # A token whose gradient is not finite keeps all columns of its chunk, and spoils no other's.
+    grad = grad.where(grad.isfinite(), torch.nan)
     # Only ratios matter, so the largest gradient may be 1, which keeps its square in fp32's range.
-    largest = torch.linalg.vector_norm(grad, torch.inf).clamp_min(1e-30)
+    largest = grad.abs().nan_to_num(0.0).amax().clamp_min(1e-30)
     padding = (0, n_chunks * chunk - len(grad))
     grad_sq, miss_sq = (pad(x.square(), padding) for x in (grad / largest, torch.expm1(logprobs)))
     # Within a block the largest upstream gradient stands for all: tokens of one sequence share theirs.
@@ -559,7 +576,7 @@ def _plan(
     drawn_error = expected.errors.nansum() / allowed.clamp_min(1e-30)
     error = torch.maximum(drawn_error, head_error.nan_to_num(0.0)).clamp_max(1.0)
     totals = torch.stack([expected.counts.sum(), expected.shares.sum(), error])
-    return write, first_slots, ranks, torch.cat([totals, first_slots])
+    return Plan(write, first_slots, ranks, torch.cat([totals, first_slots]))
 
 
 def _draw(
@@ -711,7 +728,11 @@ def _write_in_groups(operands: Operands, slots: Slots, bounds: list[int], gradie
     workspace = _workspace(operands, max(bounds[chunks.stop] - bounds[chunks.start] for chunks in groups))
     for chunks in groups:
         tokens = slice(chunks.start * chunk, chunks.stop * chunk)
-        own = bounds[chunks.start : chunks.stop + 1]
+        own, rows, dhidden = bounds[chunks.start : chunks.stop + 1], gradients.rows, gradients.dhidden
+        if rows is not None:
+            rows = rows[tokens]
+        elif dhidden is not None:
+            dhidden = dhidden[tokens]
         _write_gradients(
             operands._replace(
                 hidden=operands.hidden[tokens],
@@ -727,12 +748,7 @@ def _write_in_groups(operands: Operands, slots: Slots, bounds: list[int], gradie
                 most_tiles=_most_tiles(own, operands.tile),
             ),
             workspace,
-            gradients._replace(
-                dhidden=gradients.dhidden
-                if gradients.rows is not None or gradients.dhidden is None
-                else gradients.dhidden[tokens],
-                rows=None if gradients.rows is None else gradients.rows[tokens],
-            ),
+            gradients._replace(rows=rows, dhidden=dhidden),
             accumulate,
         )
     if accumulate:

@@ -14,6 +14,7 @@ from conftest import DEVICE, assert_as_good_as_plain, make_problem, make_text_li
 from prefopt_fast.kernels import configs, linear_logprob, sampled_grad, tiles
 from prefopt_fast.kernels.dispatch import Options
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import prefopt_fast as pf
 
@@ -148,6 +149,50 @@ def test_ranges_of_the_vocabulary(device: str, monkeypatch) -> None:
         assert relative_error(found[name], expected[name]) < 1e-6
 
 
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_an_upstream_gradient_that_is_not_finite_spoils_no_other(bad: float, device: str, always_sample: None) -> None:
+    """Nor the budget of the columns that the others' gradients are sampled from."""
+    hidden, weight, targets = (x.to(device) for x in make_text_like(200, 400, 32))
+    upstream, others = torch.ones(200, device=device), torch.arange(200, device=device) != 3
+    upstream[3] = bad
+    operands = (hidden.requires_grad_(), pf.LMHead(weight), targets, upstream)
+    found, exact = (triton_gradients(*operands, tolerance=tolerance)["hidden"] for tolerance in (2.0**-4, 0.0))
+    assert (~found.isfinite()).any(1).nonzero().flatten().tolist() == [3]
+    assert 1e-3 < relative_error(found[others], exact[others]) < 2.0**-4
+
+
+def test_modes_and_transforms_see_the_operators(device: str) -> None:
+    """Selective checkpointing, for one, keeps results by operator."""
+    seen = []
+
+    class Looks(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    hidden, weight, targets = make_problem(20, 60, 32, device=device)
+    operands = (hidden.requires_grad_(), pf.LMHead(weight.requires_grad_()), targets, torch.randn(20, device=device))
+    expected = triton_gradients(*operands)
+    with Looks():
+        found = triton_gradients(*operands)
+    assert {"prefopt_fast.linear_logprob.default", "prefopt_fast.linear_logprob_backward.default"} <= {*seen}
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_some_tokens_at_a_time_under_a_frozen_head(ignored: bool, device: str, monkeypatch) -> None:
+    monkeypatch.setattr(linear_logprob, "ACCUMULATOR_BYTES", 4 * 32 * 8)
+    sizes, exact = [], linear_logprob._grad_logits
+    monkeypatch.setattr(linear_logprob, "_grad_logits", lambda h, *rest: (sizes.append(len(h)), exact(h, *rest)))
+    hidden, weight, targets = make_problem(20, 60, 32, device=device)
+    if ignored:
+        targets[2::5] = -100
+    operands = (hidden.requires_grad_(), pf.LMHead(weight), targets, torch.randn(20, device=device))
+    found, expected = triton_gradients(*operands), gradients(pf.reference.token_logprobs, *operands)
+    assert sizes == ([8, 8] if ignored else [8, 8, 4])
+    assert relative_error(found["hidden"], expected["hidden"]) < 1e-6
+
+
 def many_chunks(
     device: str, dtype: torch.dtype = torch.float32, bias: Tensor | None = None
 ) -> tuple[Tensor, pf.LMHead, Tensor, Tensor]:
@@ -164,8 +209,8 @@ def many_chunks(
 
 # When a sampled gradient is launched: see sampled_gradients.
 LAUNCHES = {
-    "before the host knows": {"FIRST_SHARES": (0.0, 1.0)},
-    "again, for want of room": {"FIRST_SHARES": (0.0, 0.15)},
+    "before the host knows": {"LEAST_FIRST_SHARE": 0.0, "MOST_FIRST_SHARE": 1.0},
+    "again, for want of room": {"LEAST_FIRST_SHARE": 0.0, "MOST_FIRST_SHARE": 0.15},
     "after the host knows": {"FIRST_BYTES": 0},
     "one by one": {"FIRST_BYTES": 0, "WORKSPACE_BYTES": 1},
 }
