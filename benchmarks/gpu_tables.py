@@ -220,10 +220,10 @@ def _plots(results: Results, out: Path) -> None:
 
 
 def _colours(results: Results) -> dict[str, Any]:
-    """One colour for a method in every plot: ours red, the others from the palette."""
+    """One colour in every plot for each method that was timed: ours red, the others from the palette."""
     from matplotlib import colormaps
 
-    names = _unique(results, "method")
+    names = list(dict.fromkeys(case["method"] for case in results["cases"] if "ms" in case))
     ours = [name for name in names if name.startswith("prefopt_fast")]
     others = [name for name in names if name not in ours]
     reds = {name: colormaps["Reds"](0.9 - 0.2 * i) for i, name in enumerate(ours)}

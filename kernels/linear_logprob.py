@@ -706,8 +706,9 @@ def _exact_gradients(
     """
     dhidden, dweight, dbias = gradients
     n_tokens, vocab_size = len(hidden), len(weight)
-    some = max(1, ACCUMULATOR_BYTES // (4 * hidden.shape[1]))
-    if dhidden is not None and dweight is None and dbias is None and n_tokens > some:
+    parts = cdiv(n_tokens, max(1, ACCUMULATOR_BYTES // (4 * hidden.shape[1])))
+    if dhidden is not None and dweight is None and dbias is None and parts > 1:
+        some = cdiv(n_tokens, parts)
         for first in range(0, n_tokens, some):
             tokens = slice(first, first + some)
             own_rows, own_dhidden = (None, dhidden[tokens]) if rows is None else (rows[tokens], dhidden)
