@@ -142,6 +142,7 @@ def test_all_ignored(device: str, always_sample: None) -> None:
 def test_ranges_of_the_vocabulary(device: str, monkeypatch) -> None:
     """The exact backward in several ranges, the last one narrower."""
     monkeypatch.setattr(linear_logprob, "WORKSPACE_BYTES", 1)
+    monkeypatch.setattr(linear_logprob, "LEAST_RANGE", 256)
     hidden, weight, targets = make_problem(20, 600, 32, device=device)
     operands = (hidden.requires_grad_(), pf.LMHead(weight.requires_grad_()), targets, torch.randn(20, device=device))
     found, expected = triton_gradients(*operands), gradients(pf.reference.token_logprobs, *operands)
