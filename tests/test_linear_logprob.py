@@ -445,7 +445,7 @@ def test_report(device: str, monkeypatch) -> None:
     monkeypatch.setattr(sampled_grad, "MAX_SHARE", 1.0)
     exact = triton_gradients(*operands)["weight"]
     errors = []
-    for seed in range(20):
+    for seed in range(10):
         report, (found,) = grad_report(*operands, tolerance=0.2, seed=seed)
         # All tokens are one chunk, so that a column that was not drawn has no gradient.
         assert report.columns_kept * vocab == pytest.approx(int((found != 0).any(1).sum()))
