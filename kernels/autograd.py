@@ -24,6 +24,16 @@ class _Refuse(torch.autograd.Function):
         )
 
 
+class _Unpacked:
+    """A ctx whose saved tensors are unpacked, which checkpointing allows once in a backward."""
+
+    def __init__(self, ctx: Any) -> None:
+        self.ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.ctx, name)
+
+
 def once_differentiable(backward: Backward) -> Backward:
     """torch's decorator of this name leaves gradients without a graph where the upstream one has none: to second
     derivatives, of Σ log p say, this function's part would be silently missing.
@@ -33,10 +43,11 @@ def once_differentiable(backward: Backward) -> Backward:
 
     @wraps(backward)
     def once(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
+        ctx = _Unpacked(ctx)
         with torch.no_grad():
             found = backward(ctx, *grads)
-        if not torch.is_grad_enabled():
-            return found
         operands = [tensor for tensor in ctx.saved_tensors if tensor is not None and tensor.requires_grad]
         return tuple(None if grad is None else _Refuse.apply(grad, *operands) for grad in found)
 

@@ -230,3 +230,10 @@ def test_second_derivatives_are_refused(backend):
     (grad,) = torch.autograd.grad(nll, hidden, create_graph=True)
     with pytest.raises((NotImplementedError, RuntimeError)):
         torch.autograd.grad(nll + grad.square().sum(), weight)
+
+    def loss(hidden):
+        return -pf.token_logprobs(hidden, pf.LMHead(weight), targets, backend=backend).logprobs.sum()
+
+    checkpointed = torch.utils.checkpoint.checkpoint(loss, hidden, use_reentrant=False)
+    (again,) = torch.autograd.grad(checkpointed, hidden, create_graph=True)
+    assert torch.equal(again, grad)
