@@ -163,11 +163,8 @@ class Bench:
         self.check(after_tuning=True)
 
     def goals(self) -> None:
-        """What the goals compare, round after round, each in an order of its own.
-
-        Clocks follow what ran just before: on an H100, in one order throughout, what came after two bare products took
-        a twentieth more than it did alone.
-        """
+        """What the goals compare, round after round, each in an order of its own: what ran just before acts on the
+        clocks, and so on all of them alike."""
         shape, tokens = next(iter(self.shapes)), self.tokens[0]
         (fast, _, exact), _ = methods(self.backend)
         compared = {
