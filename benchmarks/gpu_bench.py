@@ -261,21 +261,25 @@ class Bench:
     def cases(self) -> Iterator[Case]:
         """Ours and TRL's before what else needs no torch.compile, and that before the rest; the first shape and number
         of tokens before the others."""
-        ours, others = methods(self.backend)
+        ours, theirs = methods(self.backend)
         ours.append(TRL)
-        plain = [peer for peer in others if not peer.compiled and peer is not TRL]
-        compiled = [] if self.quick else [peer for peer in others if peer.compiled]
+        plain = [peer for peer in theirs if not peer.compiled and peer is not TRL]
+        compiled = [] if self.quick else [peer for peer in theirs if peer.compiled]
         first, *rest = self.shapes
-        for group, shapes in ((ours, [first]), (plain, [first]), (ours, rest)):
-            yield from self.grid(shapes, self.tokens[0], MODES, group)
-        for tokens in self.tokens[1:]:
-            yield from self.grid([first], tokens, MODES[:3], ours)
-        yield from self.grid([first], self.tokens[0], MODES, compiled)
-        yield from self.grid(rest, self.tokens[0], MODES, plain)
-        for group, shapes in ((ours, rest), (plain, [first, *rest])):
-            for tokens in self.tokens[1:]:
-                yield from self.grid(shapes, tokens, MODES[:3], group)
-        yield from self.grid(rest, self.tokens[0], MODES[:2], compiled)
+        once, others = self.tokens[:1], self.tokens[1:]
+        for group, shapes, lengths, modes in (
+            (ours, [first], once, MODES),
+            (plain, [first], once, MODES),
+            (ours, rest, once, MODES),
+            (ours, [first], others, MODES[:3]),
+            (compiled, [first], once, MODES),
+            (plain, rest, once, MODES),
+            (ours, rest, others, MODES[:3]),
+            (plain, [first, *rest], others, MODES[:3]),
+            (compiled, rest, once, MODES[:2]),
+        ):
+            for tokens in lengths:
+                yield from self.grid(shapes, tokens, modes, group)
 
     def grid(self, shapes: list[str], tokens: int, modes: tuple[str, ...], methods: list[Peer]) -> Iterator[Case]:
         for shape in shapes:

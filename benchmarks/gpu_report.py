@@ -142,7 +142,7 @@ def inspect_kernel(arch: str, name: str) -> dict[str, Any]:
     entry["occupancy"] = entry["programs_per_processor"] * spec.config.num_warps / architecture.warps
     entry["problems"] = list(_problems(entry, compiled.asm["ttir"], architecture))
     if overwritten := _overwritten_buffers(compiled.asm["ttgir"]):
-        entry["problems"].append(f"copies overwrite what a product reads: {', '.join(overwritten)}")
+        entry["problems"].append(f"copies may overwrite what a product reads: {', '.join(overwritten)}")
     return entry
 
 
@@ -297,7 +297,7 @@ def _overwritten_buffers(ttgir: str) -> list[str]:
         ahead.update({source[name] for name in re.findall(r"%\w+", copy[1]) if name in source})
     if dots and not read & set(ahead):
         return ["copies of its operands were not found"]
-    return sorted(name for name, steps in ahead.items() if name in read and steps % rings.get(name, steps + 1) == 0)
+    return sorted(name for name in read & set(rings) if name in ahead and ahead[name] % rings[name] == 0)
 
 
 def _problems(entry: dict[str, Any], ttir: str, architecture: Architecture) -> Iterator[str]:

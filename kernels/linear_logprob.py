@@ -579,28 +579,24 @@ def _(
 
 
 def _grad_logits(
-    hidden: Tensor,  # (n, H)
-    weight: Tensor,  # (V, H)
-    bias: Tensor | None,  # (V,)
-    targets: Tensor,  # (n,)
-    token_factors: Tensor,  # (3, n)
-    transform: tuple[float, float | None],
+    operands: Operands,
     columns: slice,
     out: Tensor,  # (n, columns), rows may lie apart
 ) -> None:
     """Write ∂loss/∂(hidden @ weightᵀ + bias) for a range of the vocabulary."""
+    hidden = operands.hidden
     n_tokens, hidden_size = hidden.shape
-    scale, softcap = transform
+    scale, softcap = operands.transform
     config = configs.lookup("grad_logits", configs.architecture(hidden.device), hidden.dtype, hidden_size)
-    weight_part = weight[columns]
+    weight_part = operands.weight[columns]
     tma = tma_available(hidden, weight_part)
     n_tiles = cdiv(n_tokens, config.block_n) * cdiv(len(weight_part), config.block_v)
     _grad_logits_kernel[(min(n_tiles, _resident_programs(config, hidden.device)),)](
         operand(hidden, [config.block_n, config.block_h], tma),
         operand(weight_part, [config.block_v, config.block_h], tma),
-        bias,
-        targets,
-        token_factors,
+        operands.bias,
+        operands.targets,
+        operands.token_factors,
         operand(out, [config.block_n, config.block_v], tma),
         n_tokens,
         len(weight_part),
@@ -668,33 +664,23 @@ def _backward_op(
         grad = grad / unit
     token_factors = _token_factors(grad, logprobs, logsumexp, scale)
     bias = None if bias is None else bias.contiguous()
-    operands = (scored, weight.contiguous(), bias, token_factors, (scale, softcap), scored_targets)
+    operands = Operands(scored, weight.contiguous(), bias, token_factors, (scale, softcap), scored_targets)
+    wanted = Gradients(dhidden, dweight, dbias, rows, center if softcap is None else None, unit)
     report = (0.0, 0.0, 0, 0)
     if tolerance > 0:
         arch = configs.architecture(hidden.device)
         block_n = configs.lookup("forward", arch, hidden.dtype, hidden.shape[1]).block_n
         tile = configs.lookup("sampled_grad_logits", arch, hidden.dtype, hidden.shape[1]).block_v
-        blocks = BLOCKS_PER_CHUNK[dweight is not None or dbias is not None]
-        sampled = Operands(*operands, blocks, blocks * block_n, tile)
-        wanted = Gradients(dhidden, dweight, dbias, rows, center if softcap is None else None, unit)
+        blocks = BLOCKS_PER_CHUNK[wanted.train_head]
+        sampled = operands._replace(blocks=blocks, chunk=blocks * block_n, tile=tile)
         report = sampled_gradients(sampled, column_sq, grad, logprobs, tolerance, int(seed), wanted)
     _, _, dense_chunks, chunks = report
     if dense_chunks == chunks:
-        _exact_gradients(*operands, unit, rows, (dhidden, dweight, dbias))
+        _exact_gradients(operands, wanted)
     return *gradients, torch.tensor(report, dtype=torch.float64, device="cpu")
 
 
-def _exact_gradients(
-    hidden: Tensor,  # (n, H)
-    weight: Tensor,  # (V, H)
-    bias: Tensor | None,  # (V,)
-    token_factors: Tensor,  # (3, n)
-    transform: tuple[float, float | None],
-    targets: Tensor,  # (n,)
-    unit: Tensor | None,  # (), or None: what the gradients are to be multiplied with
-    rows: Tensor | None,  # (n,)
-    gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
-) -> None:
+def _exact_gradients(operands: Operands, gradients: Gradients) -> None:
     """Write dhidden (N, H) at ``rows``, dweight (V, H) and dbias (V,), each where it is not None.
 
     ∂loss/∂logits G is formed for all tokens and a range of the vocabulary at a time, in the operands' dtype, and meets
@@ -705,16 +691,15 @@ def _exact_gradients(
     Under a frozen head nothing needs all tokens at once. Some at a time, that is fewer and wider ranges, over which a
     smaller dhidden accumulates.
     """
-    dhidden, dweight, dbias = gradients
+    hidden, weight = operands.hidden, operands.weight
+    dhidden, dweight, dbias, rows, _, unit = gradients
     n_tokens, vocab_size = len(hidden), len(weight)
     parts = cdiv(n_tokens, max(1, ACCUMULATOR_BYTES // (4 * hidden.shape[1])))
-    if dhidden is not None and dweight is None and dbias is None and parts > 1:
+    if not gradients.train_head and parts > 1:
         some = cdiv(n_tokens, parts)
         for first in range(0, n_tokens, some):
             tokens = slice(first, first + some)
-            own_rows, own_dhidden = (None, dhidden[tokens]) if rows is None else (rows[tokens], dhidden)
-            own = (token_factors[:, tokens].contiguous(), transform, targets[tokens], unit, own_rows)
-            _exact_gradients(hidden[tokens], weight, bias, *own, (own_dhidden, None, None))
+            _exact_gradients(operands.of(tokens), gradients.of(tokens))
         return
     width = max(LEAST_RANGE, WORKSPACE_BYTES // (n_tokens * hidden.element_size()) // 256 * 256)
     workspace = hidden.new_empty(n_tokens, min(width, cdiv(vocab_size, 256) * 256))
@@ -722,7 +707,7 @@ def _exact_gradients(
     for first in range(0, vocab_size, width):
         columns = slice(first, min(first + width, vocab_size))
         g = workspace[:, : columns.stop - first]
-        _grad_logits(hidden, weight, bias, targets, token_factors, transform, columns, g)
+        _grad_logits(operands, columns, g)
         if total is not None:
             _accumulate_product(total, g, weight[columns])
         if dweight is not None:

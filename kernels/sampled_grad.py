@@ -79,9 +79,17 @@ class Operands(NamedTuple):
     token_factors: Tensor  # (3, n)
     transform: tuple[float, float | None]
     targets: Tensor  # (n,)
-    blocks: int  # of the forward's, in a chunk
-    chunk: int  # C
-    tile: int  # of slots: sampled_grad_logits' block_v
+    # Of sampled gradients alone:
+    blocks: int = 0  # of the forward's, in a chunk
+    chunk: int = 0  # C
+    tile: int = 0  # of slots: sampled_grad_logits' block_v
+
+    def of(self, tokens: slice) -> Operands:
+        return self._replace(
+            hidden=self.hidden[tokens],
+            token_factors=self.token_factors[:, tokens].contiguous(),
+            targets=self.targets[tokens],
+        )
 
 
 class Slots(NamedTuple):
@@ -96,7 +104,7 @@ class Slots(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Where the gradients go, None where not needed, and what goes into them beside the slots."""
+    """Where the gradients go, None where not needed, and what goes into them beside the operands."""
 
     dhidden: Tensor | None  # (N, H)
     dweight: Tensor | None  # (V, H)
@@ -104,6 +112,16 @@ class Gradients(NamedTuple):
     rows: Tensor | None  # (n,): the tokens' rows of dhidden; None for all in order
     center: Tensor | None  # (H,), fp32: what is taken out of dhidden's sample
     unit: Tensor | None  # (), fp32: what all of them are to be multiplied with
+
+    @property
+    def train_head(self) -> bool:
+        return self.dweight is not None or self.dbias is not None
+
+    def of(self, tokens: slice) -> Gradients:
+        """With dhidden of these tokens alone."""
+        if self.rows is not None:
+            return self._replace(rows=self.rows[tokens])
+        return self if self.dhidden is None else self._replace(dhidden=self.dhidden[tokens])
 
 
 Write = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # first_slots and S to columns and weights
@@ -126,6 +144,18 @@ class Expected(NamedTuple):
     counts: Tensor  # columns kept
     shares: Tensor  # Σ π
     errors: Tensor  # Σ (1/π − 1) s²
+
+
+@triton.jit
+def _lacks_room(
+    first_slots,  # (chunks + 1,)
+    n_chunks,
+    first_slot,
+    room,
+):
+    """Whether the chunks have more slots than their buffers: then a kernel that was launched before that was known has
+    nothing to do."""
+    return tl.load(first_slots + n_chunks) - first_slot > room
 
 
 @triton.jit
@@ -193,7 +223,7 @@ def _select_kernel(
     seed_high,
     stream,
     counted,
-    room,  # S: nothing is written there where the draw needs more
+    room,  # S
     BLOCKS: tl.constexpr,
     CANDIDATES: tl.constexpr,
     SEGMENTS: tl.constexpr,
@@ -239,7 +269,7 @@ def _select_kernel(
         tl.store(own + stride + segment, tl.sum(tl.where(inside, keep, 0.0), 0))
         tl.store(own + 2 * stride + segment, tl.sum(tl.maximum(scores * (epsilon - scores), 0.0), 0))
     else:
-        end = tl.where(tl.load(first_slots + n_chunks) <= room, vocab_size, 0)
+        end = tl.where(_lacks_room(first_slots, n_chunks, 0, room), 0, vocab_size)
         written = drawn & (columns < end)
         counts = tl.load(own + segments, mask=exists, other=0.0).to(tl.int32)
         rank = tl.sum(tl.where(segments < segment, counts, 0), 0) + tl.cumsum(drawn.to(tl.int32), 0) - 1
@@ -271,7 +301,7 @@ def _sampled_grad_logits_kernel(
     n_chunks,
     first_slot,  # that is the first of columns, weights and grad_logits
     most_tiles,  # of a chunk
-    room,  # S: nothing is computed where the chunks have more slots
+    room,  # S
     vocab_size,
     hidden_size,
     scale,
@@ -291,7 +321,7 @@ def _sampled_grad_logits_kernel(
     chunk, within = block // token_blocks, block % token_blocks * BLOCK_N
     chunk_slot = tl.load(first_slots + chunk)
     none_left = chunk_slot + tile * BLOCK_V >= tl.load(first_slots + chunk + 1)
-    if none_left | (tl.load(first_slots + n_chunks) - first_slot > room):
+    if none_left | _lacks_room(first_slots, n_chunks, first_slot, room):
         return
     first_token = chunk * CHUNK + within
     slot = chunk_slot - first_slot + tile * BLOCK_V
@@ -333,7 +363,7 @@ def _sampled_dhidden_kernel(
     n_tokens,
     n_chunks,
     first_slot,  # that is the first of columns and grad_logits
-    room,  # S: nothing is computed where the chunks have more slots
+    room,  # S
     vocab_size,
     hidden_size,
     PRECISION: tl.constexpr,
@@ -344,7 +374,7 @@ def _sampled_dhidden_kernel(
     BLOCK_H: tl.constexpr,
 ):
     """A tile of dhidden = Σ over the chunk's slots of grad_logitsᵀ · W."""
-    if tl.load(first_slots + n_chunks) - first_slot > room:
+    if _lacks_room(first_slots, n_chunks, first_slot, room):
         return
     token_blocks = CHUNK // BLOCK_N
     hidden_blocks = tl.cdiv(hidden_size, BLOCK_H)
@@ -402,7 +432,7 @@ def _sampled_dweight_kernel(
     n_tokens,
     n_chunks,
     first_slot,  # that is the first of grad_logits
-    room,  # S: nothing is computed where the chunks have more slots
+    room,  # S
     vocab_size,
     hidden_size,
     ACCUMULATE: tl.constexpr,
@@ -413,7 +443,7 @@ def _sampled_dweight_kernel(
     BLOCK_H: tl.constexpr,
 ):
     """A tile of dweight = Σ over the chunks that keep its columns of grad_logits · hidden."""
-    if tl.load(first_slots + n_chunks) - first_slot > room:
+    if _lacks_room(first_slots, n_chunks, first_slot, room):
         return
     hidden_blocks = tl.cdiv(hidden_size, BLOCK_H)
     tile = tl.program_id(0) // hidden_blocks
@@ -493,9 +523,8 @@ def sampled_gradients(
     when the draw is over, and the device would wait for it and for all that it has to launch then. So what mostly has
     room enough is launched before. Where it had not, what it may have written is written again, group by group.
     """
-    train_head = gradients.dweight is not None or gradients.dbias is not None
     tile, vocab_size = operands.tile, len(operands.weight)
-    plan = _plan(operands, column_sq, grad, logprobs, tolerance, seed, train_head)
+    plan = _plan(operands, column_sq, grad, logprobs, tolerance, seed, gradients.train_head)
     n_chunks = len(plan.first_slots) - 1
     known = _copy_to_host(plan.totals)
 
@@ -728,17 +757,9 @@ def _write_in_groups(operands: Operands, slots: Slots, bounds: list[int], gradie
     workspace = _workspace(operands, max(bounds[chunks.stop] - bounds[chunks.start] for chunks in groups))
     for chunks in groups:
         tokens = slice(chunks.start * chunk, chunks.stop * chunk)
-        own, rows, dhidden = bounds[chunks.start : chunks.stop + 1], gradients.rows, gradients.dhidden
-        if rows is not None:
-            rows = rows[tokens]
-        elif dhidden is not None:
-            dhidden = dhidden[tokens]
+        own = bounds[chunks.start : chunks.stop + 1]
         _write_gradients(
-            operands._replace(
-                hidden=operands.hidden[tokens],
-                token_factors=operands.token_factors[:, tokens].contiguous(),
-                targets=operands.targets[tokens],
-            ),
+            operands.of(tokens),
             Slots(
                 columns=slots.columns[own[0] : own[-1]],
                 weights=slots.weights[own[0] : own[-1]],
@@ -748,7 +769,7 @@ def _write_in_groups(operands: Operands, slots: Slots, bounds: list[int], gradie
                 most_tiles=_most_tiles(own, operands.tile),
             ),
             workspace,
-            gradients._replace(rows=rows, dhidden=dhidden),
+            gradients.of(tokens),
             accumulate,
         )
     if accumulate:
@@ -769,7 +790,9 @@ def _write_gradients(
     (vocab_size, hidden_size), n_chunks = weight.shape, len(slots.first_slots) - 1
     grad_logits, tile_sums = workspace
     _grad_logits(operands, slots, grad_logits, tile_sums)
-    arch, precision = configs.architecture(hidden.device), dot_precision()
+    arch = configs.architecture(hidden.device)
+    sizes = (len(hidden), n_chunks, slots.first, len(grad_logits), vocab_size, hidden_size)
+    constants = {"PRECISION": dot_precision(), "CHUNK": chunk}
     if gradients.dhidden is not None:
         config = configs.lookup("sampled_dhidden", arch, hidden.dtype, hidden_size)
         n_blocks = n_chunks * (chunk // config.block_n)
@@ -783,15 +806,9 @@ def _write_gradients(
             gradients.rows,
             gradients.dhidden,
             gradients.unit,
-            len(hidden),
-            n_chunks,
-            slots.first,
-            len(grad_logits),
-            vocab_size,
-            hidden_size,
-            PRECISION=precision,
-            CHUNK=chunk,
+            *sizes,
             TILE=operands.tile,
+            **constants,
             **config.launch,
         )
     if slots.ranks is not None:
@@ -809,15 +826,9 @@ def _write_gradients(
             gradients.dweight,
             gradients.dbias,
             gradients.unit,
-            len(hidden),
-            n_chunks,
-            slots.first,
-            len(grad_logits),
-            vocab_size,
-            hidden_size,
+            *sizes,
             ACCUMULATE=accumulate,
-            PRECISION=precision,
-            CHUNK=chunk,
+            **constants,
             **config.launch,
         )
 

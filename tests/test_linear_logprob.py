@@ -184,7 +184,7 @@ def test_modes_and_transforms_see_the_operators(device: str) -> None:
 def test_some_tokens_at_a_time_under_a_frozen_head(ignored: bool, device: str, monkeypatch) -> None:
     monkeypatch.setattr(linear_logprob, "ACCUMULATOR_BYTES", 4 * 32 * 8)
     sizes, exact = [], linear_logprob._grad_logits
-    monkeypatch.setattr(linear_logprob, "_grad_logits", lambda h, *rest: (sizes.append(len(h)), exact(h, *rest)))
+    monkeypatch.setattr(linear_logprob, "_grad_logits", lambda x, *rest: (sizes.append(len(x.hidden)), exact(x, *rest)))
     hidden, weight, targets = make_problem(20, 60, 32, device=device)
     if ignored:
         targets[2::5] = -100
